@@ -1,0 +1,204 @@
+"""Load labelled cases from JSONL; every problem is named by file, line and field."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from so8t_eval.errors import CaseFileError, UsageError
+from so8t_eval.labels import Verdict
+
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class Message(BaseModel):
+    """One turn of a conversation. ``content`` is always plain text, never control tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+    @field_validator("content")
+    @classmethod
+    def _content_is_text(cls, value: str) -> str:
+        return checked_text(value)
+
+
+class Case(BaseModel):
+    """One labelled request: exactly one of ``prompt`` and ``messages``, and the right verdict."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: NonEmpty
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = None
+    verdict: Verdict
+    category: NonEmpty
+    lang: NonEmpty
+    tags: tuple[str, ...] = ()
+    policy: str | None = None
+    reply: str | None = None
+    note: str | None = None
+
+    @field_validator("prompt", "policy", "reply")
+    @classmethod
+    def _is_text(cls, value: str | None) -> str | None:
+        return value if value is None else checked_text(value)
+
+    @model_validator(mode="after")
+    def _one_conversation(self) -> "Case":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected exactly one of 'prompt' and 'messages'")
+        check_conversation(self.conversation)
+        return self
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        """The turns to judge, oldest first; the last is the user's."""
+        if self.messages is not None:
+            return self.messages
+        return (Message(role="user", content=self.prompt or ""),)
+
+    @property
+    def text(self) -> str:
+        """All turns as one string, for display and near-duplicate search."""
+        return "\n".join(message.content for message in self.conversation)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of messages and policy, without label or id: the key that pairs runs."""
+        return content_hash(self.conversation, self.policy)
+
+
+def checked_text(value: str) -> str:
+    """Return ``value`` if it can be encoded; raise ValueError on a lone surrogate."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise ValueError(
+            f"lone surrogate U+{code:04X} at character {error.start}: not text any tokenizer can "
+            "read; replace it (for example with U+FFFD)"
+        ) from error
+    return value
+
+
+def check_conversation(messages: tuple[Message, ...]) -> None:
+    """Raise ValueError unless the turns can be judged: some text, the user's turn last."""
+    if not messages:
+        raise ValueError("expected at least one message, found none")
+    if messages[-1].role != "user":
+        raise ValueError(f"expected the last message to be the user's, found {messages[-1].role!r}")
+    if not messages[-1].content.strip():
+        raise ValueError("the text to judge is empty")
+    if any(message.role == "system" for message in messages[1:]):
+        raise ValueError("a system message is allowed only at the start")
+
+
+def content_hash(messages: tuple[Message, ...], policy: str | None) -> str:
+    """SHA-256 (hex) over the canonical JSON of a conversation and its system policy."""
+    payload = {
+        "messages": [[message.role, message.content] for message in messages],
+        "policy": policy,
+    }
+    canonical = json.dumps(payload, ensure_ascii=True, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def load_cases(path: Path | str) -> list[Case]:
+    """Read every case of a JSONL file, in file order.
+
+    Raises:
+        CaseFileError: missing, empty or non-UTF-8 file; a broken line, unknown field or verdict,
+            duplicate id; with the line and field.
+    """
+    source = Path(path)
+    cases: list[Case] = []
+    first_line_of: dict[str, int] = {}
+    for number, line in _lines(source):
+        case = _parse_case(source, number, line)
+        if case.id in first_line_of:
+            raise CaseFileError(
+                source, number, "id", f"duplicate id {case.id!r}, first used on line "
+                f"{first_line_of[case.id]}; ids must be unique"
+            )
+        first_line_of[case.id] = number
+        cases.append(case)
+    if not cases:
+        raise CaseFileError(source, None, None, "no cases; expected one JSON object per line")
+    return cases
+
+
+def _lines(source: Path) -> Iterator[tuple[int, str]]:
+    try:
+        raw = source.read_bytes()
+    except FileNotFoundError as error:
+        raise CaseFileError(source, None, None, "no such file; give the path of a JSONL file") from error
+    except OSError as error:
+        raise CaseFileError(source, None, None, f"cannot be read: {error.strerror}") from error
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CaseFileError(
+                source, number, None, f"not UTF-8 (byte 0x{line[error.start]:02x} at column "
+                f"{error.start + 1}); save the file as UTF-8"
+            ) from error
+
+
+def _parse_case(source: Path, number: int, line: str) -> Case:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CaseFileError(
+            source, number, None, f"not valid JSON: {error.msg} at column {error.colno}"
+        ) from error
+    if not isinstance(value, dict):
+        raise CaseFileError(
+            source, number, None, f"expected a JSON object, found {type(value).__name__}"
+        )
+    try:
+        return Case.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or None
+        raise CaseFileError(source, number, field, describe(first["type"], first["msg"], first["input"])) from error
+
+
+def describe(kind: str, message: str, found: object) -> str:
+    """Turn one pydantic error into a sentence of ours: expected, found, next step."""
+    if kind == "missing":
+        return "missing; this field is required"
+    if kind == "extra_forbidden":
+        return "unknown field; remove it or correct its spelling"
+    text = message.removeprefix("Value error, ")
+    if kind == "value_error":
+        return text
+    shown = json.dumps(found, ensure_ascii=True, default=str)
+    return f"{text}; found {shown if len(shown) <= 80 else shown[:77] + '...'}"
+
+
+def parse_messages(value: object, where: str) -> tuple[Message, ...]:
+    """Validate a decoded ``[{role, content}, …]`` list, for example from ``--messages``.
+
+    Raises:
+        UsageError: the value is not such a list or cannot be judged; ``where`` names its origin.
+    """
+    if not isinstance(value, list):
+        raise UsageError(f"{where}: expected a list of {{role, content}}, found {type(value).__name__}")
+    try:
+        messages = tuple(Message.model_validate(item) for item in value)
+        check_conversation(messages)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{where}: {field}: {describe(first['type'], first['msg'], first['input'])}") from error
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from error
+    return messages

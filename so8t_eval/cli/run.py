@@ -1,0 +1,267 @@
+"""``so8t-eval run``: judge a benchmark file with one or more models and write the results."""
+
+import contextlib
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+from rich.console import Console
+
+from so8t_eval import __version__
+from so8t_eval.atomic_write import atomic_write_text
+from so8t_eval.backends.base import Backend
+from so8t_eval.backends.registry import ModelSpec, open_backend, parse_model, reference_models
+from so8t_eval.case_sampling import stratified_sample
+from so8t_eval.cases import Case, load_cases
+from so8t_eval.cli.model_options import MODEL_HELP, report_line, runtime_options
+from so8t_eval.cli.progress_bar import progress_bar
+from so8t_eval.cli_errors import set_resume_command
+from so8t_eval.errors import UsageError
+from so8t_eval.file_hash import file_sha256
+from so8t_eval.markdown_report import render_report_md
+from so8t_eval.records import RecordWriter
+from so8t_eval.runner import finished_records, run_backend
+from so8t_eval.summary import RunResult, build_summary, write_summary
+from so8t_eval.summary_schema import CasesEntry, MachineEntry
+from so8t_eval.terminal_table import render_summary
+from so8t_eval.token_parity import check_token_ids
+
+RECORDS, SUMMARY, REPORT = "records.jsonl", "summary.json", "report.md"
+
+
+class Runtime(NamedTuple):
+    """How models are opened."""
+
+    threads: int | None
+    batch_tokens: int | None
+    max_prompt_tokens: int
+
+
+class RunPlan(NamedTuple):
+    """Everything a run needs to know."""
+
+    case_file: Path
+    cases: list[Case]
+    models: list[ModelSpec]
+    seed: int
+    latency_cases: int
+    log_dir: Path
+    resume: bool
+    runtime: Runtime
+
+
+@click.command(short_help="Run a benchmark file on one or more models.")
+@click.argument("cases", type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="PREFIX:PATH",
+    help=MODEL_HELP + " Repeatable; without it, the reference model in every runtime.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Judge a seeded sample of N cases that keeps the verdicts' shares.",
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="S",
+    help="Seed of samples and bootstrap intervals.",
+)
+@click.option(
+    "--latency-cases",
+    type=click.IntRange(min=0),
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="Cases whose single-stream latency is measured.",
+)
+@runtime_options
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Copy of the summary (.json) or the report (.md). Repeatable.",
+)
+@click.option(
+    "--log-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory for records, summary and report (default: so8t-runs/TIME).",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --log-dir.")
+def run(
+    *,
+    cases: Path,
+    models: tuple[str, ...],
+    limit: int | None,
+    seed: int,
+    latency_cases: int,
+    threads: int | None,
+    batch_tokens: int | None,
+    max_prompt_tokens: int,
+    outputs: tuple[Path, ...],
+    log_dir: Path | None,
+    resume: bool,
+) -> None:
+    """Judge every case of the JSONL file CASES with each model; write records, summary, report.
+
+    An interrupted run goes on with --resume: finished cases are not judged again.
+    """
+    _check_outputs(outputs)
+    if resume and log_dir is None:
+        raise UsageError("--resume: name the directory of the run to go on with: --log-dir DIR")
+    all_cases = load_cases(cases)
+    specs = [parse_model(text) for text in models]
+    directory = log_dir or _fresh_directory()
+    set_resume_command(_resume_command(directory))
+    plan = RunPlan(
+        case_file=cases,
+        cases=stratified_sample(all_cases, limit, seed) if limit else all_cases,
+        models=specs or reference_models(report_line),
+        seed=seed,
+        latency_cases=latency_cases,
+        log_dir=directory,
+        resume=resume,
+        runtime=Runtime(threads, batch_tokens, max_prompt_tokens),
+    )
+    summary = execute(plan)
+    _write_results(summary, directory, outputs)
+
+
+def execute(plan: RunPlan) -> dict[str, object]:
+    """Run a plan, leave its records in the log directory, and return the summary.
+
+    Raises:
+        UsageError: the directory holds another run, models repeat, or tokenizers differ.
+        ModelFileError: a model cannot be opened.
+        BackendError: a runtime failed as a whole.
+    """
+    results: list[RunResult] = []
+    versions = {"so8t": __version__, "python": platform.python_version()}
+    with contextlib.ExitStack() as stack:
+        backends = _open_all(plan, stack)
+        check_token_ids(backends, plan.cases)
+        window = min(backend.max_prompt_tokens for backend in backends)
+        writer = stack.enter_context(RecordWriter(plan.log_dir / RECORDS, resume=plan.resume))
+        progress = stack.enter_context(progress_bar())
+        for backend in backends:
+            versions[backend.info.backend] = backend.info.version
+            results.append(
+                run_backend(
+                    backend,
+                    plan.cases,
+                    seed=plan.seed,
+                    latency_cases=plan.latency_cases,
+                    writer=writer,
+                    progress=progress,
+                    already_done=finished_records(writer.existing, backend),
+                    max_prompt_tokens=window,
+                )
+            )
+            backend.close()
+    _rewrite_records(plan.log_dir / RECORDS, results)
+    return _summary(plan, _distinct_names(results), versions)
+
+
+def _open_all(plan: RunPlan, stack: contextlib.ExitStack) -> list[Backend]:
+    backends: list[Backend] = []
+    seen: dict[tuple[str, str], ModelSpec] = {}
+    for spec in plan.models:
+        backend = stack.enter_context(
+            contextlib.closing(open_backend(spec, **plan.runtime._asdict()))
+        )
+        key = (backend.info.backend, backend.info.model_sha256)
+        if key in seen:
+            raise UsageError(f"--model {spec} is the same model as {seen[key]}; give each once")
+        seen[key] = spec
+        backends.append(backend)
+    return backends
+
+
+def _summary(
+    plan: RunPlan, results: Sequence[RunResult], versions: dict[str, str]
+) -> dict[str, object]:
+    threads = results[0].settings.get("threads")
+    return build_summary(
+        cases=CasesEntry(
+            path=str(plan.case_file), sha256=file_sha256(plan.case_file), n=len(plan.cases)
+        ),
+        runs=results,
+        seed=plan.seed,
+        versions=versions,
+        machine=MachineEntry(
+            platform=_machine(), threads=threads if isinstance(threads, int) else None
+        ),
+    )
+
+
+def _write_results(summary: dict[str, object], directory: Path, outputs: Sequence[Path]) -> None:
+    report = render_report_md(summary)
+    for path in (directory / SUMMARY, directory / REPORT, *outputs):
+        if path.suffix == ".json":
+            write_summary(path, summary)
+        else:
+            atomic_write_text(path, report)
+    render_summary(summary, Console())
+    click.echo(f"Records, summary and report: {directory}", err=True)
+
+
+def _rewrite_records(path: Path, results: Sequence[RunResult]) -> None:
+    """Leave exactly this run's records, latencies included, in the order of models and cases."""
+    lines = [record.model_dump_json() + "\n" for result in results for record in result.records]
+    atomic_write_text(path, "".join(lines))
+
+
+def _distinct_names(results: Sequence[RunResult]) -> list[RunResult]:
+    """Tell apart models that share backend and name."""
+    count = Counter((result.backend, result.model) for result in results)
+    return [
+        result
+        if count[result.backend, result.model] == 1
+        else replace(result, model=f"{result.model} ({result.model_sha256[:8]})")
+        for result in results
+    ]
+
+
+def _check_outputs(outputs: Sequence[Path]) -> None:
+    for path in outputs:
+        if path.suffix not in (".json", ".md"):
+            raise UsageError(
+                f"-o {path}: expected a name ending in .json (summary) or .md (report)"
+            )
+
+
+def _fresh_directory() -> Path:
+    now = datetime.datetime.now().astimezone()
+    return Path("so8t-runs") / now.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _resume_command(directory: Path) -> str:
+    """The command line that was given, with --resume and the log directory."""
+    given = [word for word in sys.argv[1:] if word != "--resume"]
+    if "--log-dir" not in given and not any(w.startswith("--log-dir=") for w in given):
+        given += ["--log-dir", str(directory)]
+    words = ["so8t-eval", *given, "--resume"]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def _machine() -> str:
+    return f"{platform.platform()} {platform.processor() or platform.machine()}"

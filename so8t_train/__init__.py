@@ -1,0 +1,1 @@
+"""Train, fold and export a safety verdict into a local language model."""

@@ -1,0 +1,67 @@
+"""``so8t-train fit``: train an adapter with rotation gates and verdict rows."""
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--resume", is_flag=True, help="Continue an interrupted run from its last checkpoint.")
+@click.option("--output-dir", type=click.Path(path_type=Path), help="Override output_dir.")
+@click.option("--max-steps", type=click.IntRange(min=1), help="Override max_steps.")
+@click.option("--seed", type=int, help="Override seed.")
+@click.option("--threads", type=click.IntRange(min=1), help="Override threads (CPU).")
+def fit(
+    config: Path,
+    resume: bool,
+    output_dir: Path | None,
+    max_steps: int | None,
+    seed: int | None,
+    threads: int | None,
+) -> None:
+    """Train CONFIG (YAML) into a run directory.
+
+    Ctrl-C saves a checkpoint and stops; the same command with --resume goes on from there and ends
+    with the same weights. docs/config.md explains every key.
+    """
+    from so8t_eval.errors import Interrupted
+    from so8t_train.cli.fit_progress import FitProgress
+    from so8t_train.config import load_config
+    from so8t_train.fit import fit as run_fit
+
+    overrides = {
+        "output_dir": output_dir,
+        "max_steps": max_steps,
+        "seed": seed,
+        "threads": threads,
+    }
+    settings = load_config(config).model_copy(
+        update={key: value for key, value in overrides.items() if value is not None}
+    )
+    try:
+        with FitProgress() as progress:
+            result = run_fit(settings, resume=resume, reporter=progress.reporter)
+    except Interrupted as error:
+        raise Interrupted(f"{error}\nresume with: {_resume_command()}") from error
+    click.echo(f"{result.steps} steps in {result.seconds:.0f} s; run directory: {result.directory}")
+    if result.dev is not None:
+        dev = result.dev
+        click.echo(
+            f"dev (n={dev.n}): accuracy {dev.accuracy:.3f}, refuse recall {_share(dev.refuse_recall)}, "
+            f"unsafe allow {_share(dev.unsafe_allow_rate)}, over-refusal "
+            f"{_share(dev.over_refusal_rate)}, temperature {result.temperature:.2f}"
+        )
+    click.echo(f"next: so8t-train export {result.directory} --quant f16,q8_0 -o gguf")
+
+
+def _share(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _resume_command() -> str:
+    import shlex
+    import sys
+
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]
+    return shlex.join(["so8t-train", *arguments, "--resume"])

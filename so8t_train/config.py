@@ -1,0 +1,189 @@
+"""The training configuration: one documented field per YAML key, unknown keys are errors."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from so8t_eval.cases import describe
+from so8t_eval.errors import ConfigError
+
+CONFIG_FORMAT_VERSION = 1
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class FitConfig(BaseModel):
+    """Everything ``so8t-train fit`` needs. Key names follow PEFT and axolotl."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = CONFIG_FORMAT_VERSION
+    """Version of this file format."""
+
+    # -- what is trained, on what ------------------------------------------------------------
+    base_model: str
+    """``embedded:smollm2-135m-instruct``, a GGUF file, a Hugging Face directory, or a hub id."""
+    train_file: tuple[Path, ...]
+    """JSONL case files to train on; relative to this configuration file."""
+    dev_file: tuple[Path, ...] = ()
+    """JSONL case files for the dev split: progress, calibration and temperature, never training."""
+    output_dir: Path
+    """Run directory to create; relative to the working directory."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model. Off unless you have read that code."""
+
+    # -- base model --------------------------------------------------------------------------
+    load_in_8bit: bool = True
+    """Hold the frozen base in 8-bit (bitsandbytes LLM.int8)."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Activations' dtype. auto: bfloat16 where the processor has it, else float32."""
+    device_map: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where layers go; auto fills the accelerator first, then the CPU."""
+    offload_folder: Path | None = None
+    """Directory for layers that fit neither accelerator nor RAM."""
+
+    # -- adapter -----------------------------------------------------------------------------
+    lora_r: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank of the LoRA update."""
+    lora_alpha: Positive = 32.0
+    """LoRA scale; the update is multiplied by lora_alpha / lora_r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the LoRA input."""
+    lora_target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Module names that get LoRA; all-linear is every linear layer but the output matrix."""
+    rotation_gates: bool = True
+    """Put SO(8) rotation gates after every attention output projection."""
+    rotation_init_std: NonNegative = 0.0
+    """Standard deviation of the initial generators; 0 starts every rotation at the identity."""
+    freeze: Literal["none", "safe"] = "none"
+    """safe: keep R_safe and the verdict rows bit-identical."""
+
+    # -- losses ------------------------------------------------------------------------------
+    safety_loss_weight: NonNegative = 1.0
+    """Weight of the verdict cross-entropy."""
+    task_loss_weight: NonNegative = 0.3
+    """Weight of the reply cross-entropy; 0 skips the reply pass."""
+    class_weights: Literal["balanced", "none"] | tuple[Positive, Positive, Positive] = "balanced"
+    """Weights of allow, escalate and refuse in the verdict loss; balanced: inverse frequency."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the verdict target spread over the three verdicts."""
+    pet_weight: NonNegative = 0.01
+    """Global weight (λ) of the PET temporal term; 0 turns it off."""
+    pet_phase_weights: tuple[NonNegative, NonNegative, NonNegative] = (0.05, 0.2, 0.5)
+    """Temporal weight in the early, middle and late phase of training."""
+    pet_phase_starts: tuple[Share, Share] = (0.3, 0.7)
+    """Share of training at which the middle and the late phase begin."""
+    pet_inertia_weight: NonNegative = 0.001
+    """Weight of the squared geodesic distance to the last checkpoint's rotations; 0: off."""
+
+    # -- optimization ------------------------------------------------------------------------
+    micro_batch_size: Annotated[int, Field(ge=1)] = 1
+    """Cases per forward pass (packed without padding)."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 8
+    """Forward passes per optimizer step."""
+    learning_rate: Positive = 2e-4
+    """Peak learning rate of LoRA and R_cmd."""
+    safety_learning_rate: Positive = 1e-4
+    """Peak learning rate of R_safe and the verdict rows."""
+    weight_decay: NonNegative = 0.0
+    """AdamW weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradient norm at which the step is scaled down."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of steps with linearly rising learning rate; cosine decay to zero follows."""
+    num_epochs: Positive = 2.0
+    """Passes over the training cases."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many optimizer steps, if set."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_length: Annotated[int, Field(ge=64)] = 1024
+    """Longest training sequence in tokens; longer cases are left out and counted."""
+    seed: int = 0
+    """Seed of weights, order and dropout."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads; default: what torch chooses."""
+
+    # -- saving ------------------------------------------------------------------------------
+    adapter_dtype: Literal["float32", "float16"] = "float16"
+    """Dtype of the saved LoRA weights. Checkpoints are always float32."""
+    save_every_steps: Annotated[int, Field(ge=1)] = 100
+    """Optimizer steps between checkpoints."""
+    save_total_limit: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints kept."""
+    eval_every_steps: Annotated[int, Field(ge=1)] = 50
+    """Optimizer steps between dev evaluations."""
+    eval_max_cases: Annotated[int, Field(ge=1)] = 120
+    """Dev cases per evaluation during training (the last one uses all)."""
+    merge_base: Literal["original", "dequant8"] = "original"
+    """Weights the export merges into: the original float ones, or the dequantized 8-bit ones."""
+
+    @field_validator("train_file", "dev_file", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _phases_rise(self) -> "FitConfig":
+        if self.pet_phase_starts[0] > self.pet_phase_starts[1]:
+            raise ValueError("pet_phase_starts: expected the middle phase to start before the late")
+        if not self.train_file:
+            raise ValueError("train_file: expected at least one file")
+        return self
+
+    @property
+    def cases_per_step(self) -> int:
+        """Effective batch size: cases per optimizer step."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+
+def load_config(path: Path | str) -> FitConfig:
+    """Read a YAML configuration; case-file paths become absolute (relative to the file).
+
+    Raises:
+        ConfigError: missing file, broken YAML, unknown key, wrong type or range.
+    """
+    source = Path(path)
+    try:
+        raw = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{source}: no such file; give the path of a YAML configuration") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: expected 'key: value' lines, found {type(raw).__name__}")
+    config = parse_config(raw, str(source))
+    root = source.resolve().parent
+    return config.model_copy(
+        update={
+            "train_file": tuple(root / file for file in config.train_file),
+            "dev_file": tuple(root / file for file in config.dev_file),
+        }
+    )
+
+
+def parse_config(raw: dict[str, object], where: str) -> FitConfig:
+    """Validate decoded configuration values; ``where`` names their origin in errors."""
+    try:
+        return FitConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            problem = describe(item["type"], item["msg"], item["input"])
+            if item["type"] == "extra_forbidden":
+                problem = f"unknown key; {_suggestion(key)}"
+            lines.append(f"{where}: {key + ': ' if key else ''}{problem}")
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _suggestion(key: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, FitConfig.model_fields, n=1)
+    return f"did you mean {close[0]!r}?" if close else "remove it or see docs/config.md for the keys"

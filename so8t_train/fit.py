@@ -1,0 +1,212 @@
+"""From a configuration to a run directory: load, train or resume, calibrate, save."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+
+from so8t_eval.atomic_write import atomic_write_text
+from so8t_eval.errors import ConfigError
+from so8t_train.base_model import resolve_base
+from so8t_train.config import FitConfig
+from so8t_train.dev_evaluation import (
+    DevResult,
+    dev_logits,
+    fitted_temperature,
+    labels_of,
+    summarize,
+)
+from so8t_train.memory_log import MemoryLog
+from so8t_train.run_dir import MANIFEST, save_run
+from so8t_train.safety_model import build_safety_model, use_training_kernels
+from so8t_train.trainer import CHECKPOINTS, StepReport, Trainer, TrainingHooks
+from so8t_train.training_data import class_weights, load_training_cases, tokenize_cases
+
+TRAIN_LOG = "train_log.jsonl"
+MEMORY_LOG = "memory.jsonl"
+
+
+class FitResult(NamedTuple):
+    """What a finished fit reports: where it is and how it does on dev."""
+
+    directory: Path
+    steps: int
+    seconds: float
+    dev: DevResult | None
+    temperature: float
+
+
+class FitReporter(NamedTuple):
+    """How ``fit`` talks to its caller: one line of news, and every step."""
+
+    news: Callable[[str], None]
+    on_step: Callable[[StepReport, float], None]
+
+
+def fit(config: FitConfig, *, resume: bool, reporter: FitReporter) -> FitResult:
+    """Train ``config`` into its output directory, or continue an interrupted fit there.
+
+    Raises:
+        ConfigError: the directory holds another or a finished run, or the data do not serve.
+        Interrupted: SIGINT or SIGTERM; a resumable checkpoint was saved.
+        BackendError, DiskError: training or saving failed.
+    """
+    started = time.monotonic()
+    directory = config.output_dir
+    _check_directory(directory, resume)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    source = resolve_base(config.base_model)
+    cases = load_training_cases(config.train_file)
+    weights = class_weights(cases, config)
+    dev_cases = load_training_cases(config.dev_file) if config.dev_file else []
+    dtype = compute_dtype(config)
+    precision = "8-bit" if config.load_in_8bit else "float"
+    reporter.news(f"loading {source.name} ({precision} base, {str(dtype).removeprefix('torch.')})")
+    model, tokenizer = build_safety_model(source, config, dtype)
+    data = tokenize_cases(cases, tokenizer, model.verdict_ids, weights, config.max_length)
+    dev = (
+        tokenize_cases(dev_cases, tokenizer, model.verdict_ids, weights, config.max_length).examples
+        if dev_cases
+        else []
+    )
+    if data.too_long:
+        reporter.news(
+            f"left out {len(data.too_long)} of {len(cases)} cases longer than max_length="
+            f"{config.max_length} tokens: {', '.join(data.too_long[:5])}"
+        )
+    trainer = Trainer(model, tokenizer, config, data.examples, dev, directory, source.sha256)
+    resumed = trainer.resume() if resume else False
+    directory.mkdir(parents=True, exist_ok=True)
+    logs = _Logs(directory, trainer.step, trainer.memory, config.cases_per_step)
+    if resumed:
+        reporter.news(f"resumed after step {trainer.step} of {trainer.total_steps}")
+
+    def on_step(report: StepReport) -> None:
+        reporter.on_step(report, logs.write(report))
+
+    with _stop_signals() as stop:
+        trainer.run(TrainingHooks(on_step, stop))
+    reporter.news("calibrating on the dev split and saving")
+    use_training_kernels(model.eval())
+    result: DevResult | None = None
+    if dev:
+        logits, labels = dev_logits(model, dev), labels_of(dev)
+        model.temperature = fitted_temperature(logits, labels)
+        result = summarize(logits / model.temperature, labels)
+    seconds = time.monotonic() - started
+    training = _training_summary(config, trainer, len(data.examples), seconds, result, resumed)
+    save_run(directory, model, tokenizer, source, config, training)
+    from so8t_train.model_card import write_model_card
+
+    write_model_card(directory)
+    return FitResult(directory, trainer.step, seconds, result, model.temperature)
+
+
+def compute_dtype(config: FitConfig) -> torch.dtype:
+    """The activations' dtype: as configured, or bfloat16 where the processor multiplies it."""
+    if config.compute_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.compute_dtype)
+        return dtype
+    if torch.cuda.is_available() and config.device_map != "cpu":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # The name oneDNN gives the fastest bfloat16 kernels it found; absent: emulated and slow.
+    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if capable else torch.float32
+
+
+def _check_directory(directory: Path, resume: bool) -> None:
+    if (directory / MANIFEST).is_file():
+        raise ConfigError(
+            f"output_dir: {directory} holds a finished run; choose another output_dir, or move it away"
+        )
+    unfinished = (directory / CHECKPOINTS).is_dir() and any((directory / CHECKPOINTS).iterdir())
+    if unfinished and not resume:
+        raise ConfigError(
+            f"output_dir: {directory} holds an interrupted run; add --resume to continue it, or "
+            "choose another output_dir"
+        )
+
+
+class _Logs:
+    """``train_log.jsonl`` and ``memory.jsonl``; on resume, lines after the checkpoint are cut."""
+
+    def __init__(self, directory: Path, step: int, memory: MemoryLog, cases: int) -> None:
+        self._train, self._memory = directory / TRAIN_LOG, directory / MEMORY_LOG
+        self._log, self._cases = memory, cases
+        for path in (self._train, self._memory):
+            _cut_after(path, step)
+
+    def write(self, report: StepReport) -> float:
+        """Append one line to each log; returns memory in use, GiB."""
+        use = self._log.sample()
+        line = report._asdict() | {"dev": report.dev._asdict() if report.dev else None}
+        memory = {"step": report.step, **use._asdict(), "effective_batch_size": self._cases}
+        for path, value in ((self._train, line), (self._memory, memory)):
+            with path.open("a", encoding="utf-8", newline="\n") as stream:
+                stream.write(json.dumps(value) + "\n")
+        return use.allocated_gib
+
+
+def _cut_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):  # torn by a crash
+            continue
+    atomic_write_text(path, "".join(kept))
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a request to stop; a second SIGINT stops at once."""
+    requested = False
+
+    def request(_number: int, _frame: FrameType | None) -> None:
+        nonlocal requested
+        if requested:
+            raise KeyboardInterrupt
+        requested = True
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = {number: signal.signal(number, request) for number in signals}
+    except ValueError:  # not the main thread: the caller handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _training_summary(
+    config: FitConfig,
+    trainer: Trainer,
+    n_examples: int,
+    seconds: float,
+    dev: DevResult | None,
+    resumed: bool,
+) -> dict[str, Any]:
+    return {
+        "steps": trainer.step,
+        "cases": n_examples,
+        "cases_per_step": config.cases_per_step,
+        "seconds": round(seconds, 1),
+        "resumed": resumed,
+        "device": str(trainer.model.device),
+        "threads": torch.get_num_threads(),
+        "trainable_parameters": sum(p.numel() for p in trainer.names),
+        "dev": dev._asdict() if dev else None,
+    }

@@ -1,0 +1,91 @@
+"""Put many cases into one sequence without padding; a shared prompt head is computed once.
+
+Every case attends to its own tokens and to its head (chat-template start and system policy), never
+to another case, and keeps the positions it would have alone. So a pack gives the numbers of
+separate passes at the cost of the unique tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from so8t_train.packed_attention import PackLayout, Span
+
+
+class PackedSequence(NamedTuple):
+    """One case for a pack: head ids shared with others, own ids, and what is learned from it.
+
+    ``targets[i]`` is the id that token ``first_supervised + i`` of ``own`` must predict.
+    """
+
+    head: tuple[int, ...]
+    own: tuple[int, ...]
+    first_supervised: int
+    targets: tuple[int, ...]
+    weight: float = 1.0
+
+    @property
+    def length(self) -> int:
+        """Tokens of head and own together."""
+        return len(self.head) + len(self.own)
+
+
+class Pack(NamedTuple):
+    """Model inputs of several sequences in one row.
+
+    ``ids``, ``positions``, ``segments`` are (1, tokens); ``supervised`` (n,) indexes tokens whose
+    next token is learned, ``targets`` and ``weights`` (n,) belong to them.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    segments: Tensor
+    layout: PackLayout
+    supervised: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens actually computed."""
+        return int(self.ids.shape[1])
+
+
+def pack(sequences: Sequence[PackedSequence], device: torch.device) -> Pack:
+    """Pack sequences in the given order; equal heads are stored once, before their first user."""
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[int] = []
+    spans: list[Span] = []
+    supervised: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    heads: dict[tuple[int, ...], Span] = {}
+    for item in sequences:
+        if item.head and item.head not in heads:
+            start = len(ids)
+            heads[item.head] = Span(start, start + len(item.head), 0, 0)
+            spans.append(heads[item.head])
+            ids += item.head
+            positions += range(len(item.head))
+            segments += [len(spans)] * len(item.head)
+        head = heads.get(item.head, Span(0, 0, 0, 0))
+        start = len(ids)
+        spans.append(Span(start, start + len(item.own), head.start, head.stop))
+        ids += item.own
+        positions += range(len(item.head), item.length)
+        segments += [len(spans)] * len(item.own)
+        first = start + item.first_supervised
+        supervised += range(first, first + len(item.targets))
+        targets += item.targets
+        weights += [item.weight] * len(item.targets)
+    row = [torch.tensor([values], device=device) for values in (ids, positions, segments)]
+    return Pack(
+        *row,
+        PackLayout(tuple(spans)),
+        torch.tensor(supervised, device=device),
+        torch.tensor(targets, device=device),
+        torch.tensor(weights, device=device, dtype=torch.float32),
+    )

@@ -1,0 +1,239 @@
+"""The run directory: what training leaves behind, written with hashes, loaded whole or refused."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from so8t_eval.atomic_write import atomic_path, atomic_write_text
+from so8t_eval.backends.hf_tokenizer import HfTokenizer
+from so8t_eval.errors import ModelFileError
+from so8t_train.base_model import BaseModelSource, file_sha256, resolve_base
+from so8t_train.config import FitConfig
+from so8t_train.safety_model import GateTensors, SafetyModel, build_safety_model
+
+FORMAT_VERSION: Final = 1
+MANIFEST: Final = "so8t.json"
+SAFETY_TENSORS: Final = "so8t.safetensors"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_TENSORS: Final = "adapter_model.safetensors"
+PARTS: Final = (MANIFEST, SAFETY_TENSORS, ADAPTER_CONFIG, ADAPTER_TENSORS)
+_PACKAGES: Final = ("so8t", "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "gguf")
+
+
+class RunManifest(BaseModel):
+    """``so8t.json``: what was trained, from what, with which result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int
+    protocol_hash: str
+    base_model: str
+    base_sha256: str
+    temperature: float
+    sha256: dict[str, str]
+    """Hash of every other part, by file name."""
+    config: FitConfig
+    versions: dict[str, str]
+    platform: str
+    training: dict[str, Any]
+    """Steps, cases, wall time, dev results: what the model card shows."""
+
+
+class LoadedRun(NamedTuple):
+    """A run directory in memory: the live model with gates, its tokenizer and manifest."""
+
+    model: SafetyModel
+    tokenizer: HfTokenizer
+    manifest: RunManifest
+    source: BaseModelSource
+
+
+def save_run(
+    directory: Path,
+    model: SafetyModel,
+    tokenizer: HfTokenizer,
+    source: BaseModelSource,
+    config: FitConfig,
+    training: dict[str, Any],
+) -> RunManifest:
+    """Write all parts; the manifest, which makes the run valid, goes last.
+
+    Raises:
+        DiskError: a part could not be written.
+    """
+    import peft
+
+    lora_dtype = getattr(torch, config.adapter_dtype)
+    state: dict[str, Tensor] = peft.get_peft_model_state_dict(model.causal_lm)
+    _save(directory / ADAPTER_TENSORS, {k: v.to(lora_dtype) for k, v in state.items()})
+    atomic_write_text(directory / ADAPTER_CONFIG, _adapter_config(model, source))
+    _save(directory / SAFETY_TENSORS, safety_tensors(model))
+    manifest = RunManifest(
+        format_version=FORMAT_VERSION,
+        protocol_hash=tokenizer.protocol.hash,
+        base_model=source.name,
+        base_sha256=source.sha256,
+        temperature=model.temperature,
+        sha256={name: file_sha256(directory / name) for name in PARTS if name != MANIFEST},
+        config=config,
+        versions=package_versions(),
+        platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        training=training,
+    )
+    text = manifest.model_dump_json(indent=2)
+    atomic_write_text(directory / MANIFEST, text + "\n")
+    return manifest
+
+
+def read_manifest(directory: Path) -> RunManifest:
+    """Check that every part is present, unchanged and of this format, and read the manifest.
+
+    Raises:
+        ModelFileError: naming the part that is missing, altered or of another version.
+    """
+    if not directory.is_dir():
+        raise ModelFileError(f"{directory} is not a directory; give a run directory of so8t-train fit")
+    missing = [name for name in PARTS if not (directory / name).is_file()]
+    if missing:
+        raise ModelFileError(
+            f"{directory} is not a complete run: missing {', '.join(missing)}. A run without one of "
+            f"{', '.join(PARTS)} would answer without its safety head, so it is not loaded; train "
+            "again or copy the whole directory"
+        )
+    try:
+        raw = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if isinstance(raw, dict) and raw.get("format_version") != FORMAT_VERSION:
+            raise ModelFileError(
+                f"{directory / MANIFEST}: expected format_version {FORMAT_VERSION}, found "
+                f"{raw.get('format_version')!r}; use the SO8T version that wrote it, or train again"
+            )
+        manifest = RunManifest.model_validate(raw)
+    except (ValueError, ValidationError) as error:
+        raise ModelFileError(f"{directory / MANIFEST} cannot be read: {error}") from error
+    for name, expected in manifest.sha256.items():
+        found = file_sha256(directory / name)
+        if found != expected:
+            raise ModelFileError(
+                f"{directory / name} was altered after training (expected sha256 {expected[:12]}…, "
+                f"found {found[:12]}…); restore the file or train again"
+            )
+    return manifest
+
+
+def load_run(
+    directory: Path, *, dtype: torch.dtype = torch.float32, load_in_8bit: bool | None = None
+) -> LoadedRun:
+    """Load the live model: base as trained (8-bit unless the run or caller says otherwise).
+
+    Raises:
+        ModelFileError: an incomplete or altered run, another base, or another protocol.
+    """
+    manifest = read_manifest(directory)
+    source = resolve_base(manifest.base_model)
+    if source.sha256 != manifest.base_sha256:
+        raise ModelFileError(
+            f"{directory} was trained on another base: {manifest.base_model} has sha256 "
+            f"{source.sha256[:12]}…, the run expects {manifest.base_sha256[:12]}…; use the original "
+            "base files"
+        )
+    updates: dict[str, Any] = {"lora_dropout": 0.0}
+    if load_in_8bit is not None:
+        updates["load_in_8bit"] = load_in_8bit
+    config = manifest.config.model_copy(update=updates)
+    model, tokenizer = build_safety_model(source, config, dtype)
+    if tokenizer.protocol.hash != manifest.protocol_hash:
+        raise ModelFileError(
+            f"{directory} was trained with another verdict protocol (hash "
+            f"{manifest.protocol_hash[:12]}…, this version makes {tokenizer.protocol.hash[:12]}…); "
+            "use the SO8T version that trained it, or train again"
+        )
+    _load_parts(directory, model)
+    model.temperature = manifest.temperature
+    return LoadedRun(model.eval(), tokenizer, manifest, source)
+
+
+def safety_tensors(model: SafetyModel) -> dict[str, Tensor]:
+    """Content of ``so8t.safetensors``: generators (layers, blocks, 28) and verdict rows, float32."""
+    tensors = {"verdict_rows": model.verdict_rows.detach().cpu().clone()}
+    if model.verdict_input_rows is not None:
+        tensors["verdict_input_rows"] = model.verdict_input_rows.detach().cpu().clone()
+    gates = model.gate_tensors()
+    if gates is not None:
+        tensors |= {"safe_generators": gates.safe, "command_generators": gates.command}
+    return tensors
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ModelFileError: broken or truncated.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelFileError(f"{path} is broken or truncated ({error}); restore the file") from error
+    return tensors
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that shape a result."""
+    versions: dict[str, str] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _load_parts(directory: Path, model: SafetyModel) -> None:
+    import peft
+
+    adapter = {k: v.float() for k, v in read_tensors(directory / ADAPTER_TENSORS).items()}
+    result = peft.set_peft_model_state_dict(model.causal_lm, adapter)
+    lora_missing = [key for key in result.missing_keys if "lora_" in key]
+    if lora_missing or result.unexpected_keys:
+        raise ModelFileError(
+            f"{directory / ADAPTER_TENSORS} does not fit the base model: "
+            f"{len(lora_missing)} tensors missing, {len(result.unexpected_keys)} unexpected"
+        )
+    tensors = read_tensors(directory / SAFETY_TENSORS)
+    wanted = safety_tensors(model)
+    if {k: v.shape for k, v in wanted.items()} != {k: v.shape for k, v in tensors.items()}:
+        raise ModelFileError(
+            f"{directory / SAFETY_TENSORS}: expected tensors "
+            f"{ {k: tuple(v.shape) for k, v in wanted.items()} }, found "
+            f"{ {k: tuple(v.shape) for k, v in tensors.items()} }"
+        )
+    with torch.no_grad():
+        model.verdict_rows.copy_(tensors["verdict_rows"])
+        if model.verdict_input_rows is not None:
+            model.verdict_input_rows.copy_(tensors["verdict_input_rows"])
+    if model.gates:
+        model.load_gate_tensors(
+            GateTensors(tensors["safe_generators"], tensors["command_generators"])
+        )
+
+
+def _adapter_config(model: SafetyModel, source: BaseModelSource) -> str:
+    causal_lm: Any = model.causal_lm
+    config = causal_lm.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": source.name, "inference_mode": True}
+    for key, value in config.items():
+        if isinstance(value, set):
+            config[key] = sorted(value)
+    return json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_path(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)

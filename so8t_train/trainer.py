@@ -1,0 +1,365 @@
+"""The training loop: one optimizer step at a time, resumable at every step boundary."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from so8t_eval.backends.hf_tokenizer import HfTokenizer
+from so8t_eval.errors import BackendError, ConfigError, Interrupted
+from so8t_train.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from so8t_train.config import FitConfig
+from so8t_train.dev_evaluation import DevResult, evaluate_dev
+from so8t_train.losses import safety_loss, task_loss
+from so8t_train.memory_log import MemoryLog
+from so8t_train.packing import pack
+from so8t_train.pet import inertia_penalty, pet_weight
+from so8t_train.rotation_gate import RotationPair
+from so8t_train.safety_model import SafetyModel, use_training_kernels
+from so8t_train.so8_rotation import commutator_norm, rotation_from_generators
+from so8t_train.training_data import TrainingExample, step_order
+
+CHECKPOINTS = "checkpoints"
+
+
+class StepReport(NamedTuple):
+    """What one optimizer step measured; a line of ``train_log.jsonl`` and the progress bar."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    safety_loss: float
+    task_loss: float | None
+    pet_temporal: float
+    pet_inertia: float
+    verdict_accuracy: float
+    grad_norm: float
+    learning_rate: float
+    commutator: float
+    tokens: int
+    step_s: float
+    dev: DevResult | None
+
+
+class TrainingHooks(NamedTuple):
+    """How the loop talks to its caller."""
+
+    on_step: Callable[[StepReport], None]
+    stop_requested: Callable[[], bool]
+
+
+class Trainer:
+    """Owns model, optimizer and data order of one fit."""
+
+    def __init__(
+        self,
+        model: SafetyModel,
+        tokenizer: HfTokenizer,
+        config: FitConfig,
+        examples: Sequence[TrainingExample],
+        dev: Sequence[TrainingExample],
+        run_directory: Path,
+        base_sha256: str,
+    ) -> None:
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.examples, self.dev = examples, dev
+        self.run_directory = run_directory
+        self.config_hash = training_hash(config, base_sha256, examples)
+        self.names = _trainable(model, config)
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.names, config), weight_decay=config.weight_decay, foreach=True
+        )
+        self.total_steps = total_steps(len(examples), config)
+        self.step = 0
+        self.reference = self._generators()
+        self.memory = MemoryLog(model.device)
+
+    # -- running -----------------------------------------------------------------------------
+
+    def run(self, hooks: TrainingHooks) -> None:
+        """Train to the last step, saving checkpoints.
+
+        Raises:
+            Interrupted: a stop was requested; a checkpoint of the last whole step was saved.
+            BackendError: the loss is not finite; the last checkpoint is kept.
+        """
+        if self.config.gradient_checkpointing:
+            enable_checkpointing(self.model.base)
+        while self.step < self.total_steps:
+            report = self._train_step()
+            due = self.step % self.config.save_every_steps == 0
+            if due:
+                self.reference = self._generators()
+            if hooks.stop_requested() and self.step < self.total_steps:
+                self.save()
+                hooks.on_step(report)
+                raise Interrupted(
+                    f"stopped after step {self.step} of {self.total_steps}; the checkpoint is in "
+                    f"{self.run_directory / CHECKPOINTS}"
+                )
+            if due or self.step == self.total_steps:
+                self.save()
+            hooks.on_step(report)
+
+    def _train_step(self) -> StepReport:
+        started = time.perf_counter()
+        model, config = self.model, self.config
+        model.train()
+        self._set_learning_rates()
+        batch = self._batch()
+        replies = [e for e in batch if e.reply is not None] if config.task_loss_weight else []
+        safety_norm = sum(e.prompt.weight for e in batch)
+        task_norm = max(1, sum(len(e.reply.targets) for e in replies if e.reply is not None))
+        weight = pet_weight(self.step / self.total_steps, _phases(config)) * config.pet_weight
+        sums = _Sums()
+        if model.bank is not None:
+            model.bank.begin_step()
+        for micro in _split(batch, config.micro_batch_size):
+            packed = pack([e.prompt for e in micro], model.device)
+            result = safety_loss(
+                model, packed, label_smoothing=config.label_smoothing, with_temporal=weight > 0
+            )
+            temporal = result.temporal_mean * (len(micro) / len(batch))
+            loss = config.safety_loss_weight * result.cross_entropy_sum / safety_norm
+            self._backward(loss + weight * temporal, "safety", micro)
+            sums.safety += float(result.cross_entropy_sum.detach()) / safety_norm
+            sums.temporal += float(temporal.detach())
+            sums.correct += result.n_correct
+            sums.tokens += packed.tokens
+        for micro in _split(replies, config.micro_batch_size):
+            packed = pack([e.reply for e in micro if e.reply is not None], model.device)
+            loss = task_loss(model, packed) / task_norm
+            self._backward(config.task_loss_weight * loss, "task", micro)
+            sums.task += float(loss.detach())
+            sums.tokens += packed.tokens
+        inertia, commutator = self._finish_rotations()
+        norm = self._clip_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.step += 1
+        return StepReport(
+            step=self.step,
+            total_steps=self.total_steps,
+            epoch=self.step * config.cases_per_step / len(self.examples),
+            loss=config.safety_loss_weight * sums.safety
+            + config.task_loss_weight * sums.task
+            + weight * sums.temporal
+            + inertia * config.pet_inertia_weight,
+            safety_loss=sums.safety,
+            task_loss=sums.task if replies else None,
+            pet_temporal=sums.temporal,
+            pet_inertia=inertia,
+            verdict_accuracy=sums.correct / len(batch),
+            grad_norm=norm,
+            learning_rate=rate,
+            commutator=commutator,
+            tokens=sums.tokens,
+            step_s=time.perf_counter() - started,
+            dev=self._evaluate_if_due(),
+        )
+
+    def _backward(self, loss: Tensor, kind: Any, micro: Sequence[TrainingExample]) -> None:
+        if not math.isfinite(float(loss.detach())):
+            raise BackendError(
+                f"the {kind} loss is not finite at step {self.step + 1} on cases "
+                f"{', '.join(e.id for e in micro[:4])}…; the last checkpoint is kept: lower "
+                "learning_rate, or set compute_dtype: float32, and resume"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.model.bank is not None:
+            self.model.bank.collect(kind)
+
+    def _finish_rotations(self) -> tuple[float, float]:
+        """Send the collected gradients to the generators; inertia value and commutator (rms)."""
+        bank = self.model.bank
+        if bank is None:
+            return 0.0, 0.0
+        now = bank.rotations()
+        with torch.no_grad():
+            commutator = float(commutator_norm(now.command, now.safe).square().mean().sqrt())
+        if not self.config.pet_inertia_weight:
+            bank.finish_step()
+            return 0.0, commutator
+        before = _rotations(self.reference)
+        inertia = inertia_penalty(before.safe.to(now.safe.device), now.safe) + inertia_penalty(
+            before.command.to(now.command.device), now.command
+        )
+        bank.finish_step(self.config.pet_inertia_weight * inertia)
+        return float(inertia.detach()), commutator
+
+    def _clip_gradients(self) -> float:
+        """Clip each parameter group by itself, so that no loss scales another's step; total norm."""
+        squares = 0.0
+        for group in self.optimizer.param_groups:
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            norm = torch.nn.utils.clip_grad_norm_(with_gradient, self.config.max_grad_norm)
+            squares += float(norm) ** 2
+        return math.sqrt(squares)
+
+    def _batch(self) -> list[TrainingExample]:
+        per_epoch = math.ceil(len(self.examples) / self.config.cases_per_step)
+        epoch, index = divmod(self.step, per_epoch)
+        order = step_order(
+            len(self.examples), self.config.cases_per_step, epoch, self.config.seed
+        )
+        return [self.examples[i] for i in order[index]]
+
+    def _set_learning_rates(self) -> None:
+        scale = schedule(self.step, self.total_steps, self.config.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+
+    def _evaluate_if_due(self) -> DevResult | None:
+        last = self.step == self.total_steps
+        if not self.dev or not (last or self.step % self.config.eval_every_steps == 0):
+            return None
+        cases = self.dev if last else self.dev[: self.config.eval_max_cases]
+        use_training_kernels(self.model.eval())
+        return evaluate_dev(self.model, cases)
+
+    # -- saving ------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state after the last whole step."""
+        parameters = {name: p.detach().cpu().clone() for p, name in self.names.items()}
+        checkpoint = Checkpoint(
+            step=self.step,
+            config_hash=self.config_hash,
+            parameters=parameters,
+            optimizer=optimizer_tensors(self.optimizer, self.names),
+            reference=self.reference,
+            rng=torch.get_rng_state(),
+        )
+        return save_checkpoint(
+            self.run_directory / CHECKPOINTS, checkpoint, self.config.save_total_limit
+        )
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint, if there is one.
+
+        Raises:
+            ConfigError: it belongs to another configuration, base or training set.
+        """
+        checkpoint = newest_checkpoint(self.run_directory / CHECKPOINTS)
+        if checkpoint is None:
+            return False
+        if checkpoint.config_hash != self.config_hash:
+            raise ConfigError(
+                f"{self.run_directory} was started with another configuration, base model or "
+                "training set; undo the change, or choose another output_dir"
+            )
+        with torch.no_grad():
+            for parameter, name in self.names.items():
+                parameter.copy_(checkpoint.parameters[name])
+        restore_optimizer(self.optimizer, self.names, checkpoint.optimizer)
+        self.reference = checkpoint.reference
+        self.step = checkpoint.step
+        torch.set_rng_state(checkpoint.rng)
+        return True
+
+    def _generators(self) -> dict[str, Tensor]:
+        tensors = self.model.gate_tensors()
+        return {} if tensors is None else {"safe": tensors.safe, "command": tensors.command}
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass, under whichever name transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+class _Sums:
+    """Running sums over the micro-batches of one step."""
+
+    def __init__(self) -> None:
+        self.safety = self.task = self.temporal = 0.0
+        self.correct = self.tokens = 0
+
+
+def schedule(step: int, total: int, warmup_ratio: float) -> float:
+    """Learning-rate factor: linear warm-up, then cosine to zero."""
+    warmup = max(1, round(total * warmup_ratio))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def total_steps(n_examples: int, config: FitConfig) -> int:
+    """Optimizer steps of the whole fit."""
+    per_epoch = math.ceil(n_examples / config.cases_per_step)
+    steps = max(1, round(per_epoch * config.num_epochs))
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def training_hash(
+    config: FitConfig, base_sha256: str, examples: Sequence[TrainingExample]
+) -> str:
+    """SHA-256 over everything that shapes the weights; paths and logging intervals do not."""
+    free = {"output_dir", "train_file", "dev_file", "eval_every_steps", "eval_max_cases"}
+    free |= {"save_total_limit", "offload_folder", "adapter_dtype", "merge_base"}
+    settings = config.model_dump(mode="json", exclude=free)
+    digest = hashlib.sha256(json.dumps([settings, base_sha256], sort_keys=True).encode())
+    for example in examples:
+        digest.update(repr(example).encode())
+    return digest.hexdigest()
+
+
+def _trainable(model: SafetyModel, config: FitConfig) -> dict[nn.Parameter, str]:
+    """Parameters to learn with their checkpoint names, in a stable order."""
+    frozen_safe = config.freeze == "safe"
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or name.endswith("command_generators"):
+            learn = True
+        elif name.endswith("safe_generators") or name.startswith("verdict_"):
+            learn = not frozen_safe
+        else:
+            learn = False
+        parameter.requires_grad_(learn)
+        if learn:
+            names[parameter] = name
+    return names
+
+
+def _parameter_groups(names: dict[nn.Parameter, str], config: FitConfig) -> list[dict[str, Any]]:
+    safety = [p for p, n in names.items() if n.endswith("safe_generators") or n.startswith("verdict_")]
+    task = [p for p in names if all(p is not s for s in safety)]
+    groups = [{"params": task, "lr": 0.0, "peak_lr": config.learning_rate}]
+    if safety:
+        groups.append({"params": safety, "lr": 0.0, "peak_lr": config.safety_learning_rate})
+    return groups
+
+
+def _phases(config: FitConfig) -> list[tuple[float, float]]:
+    starts = (0.0, *config.pet_phase_starts)
+    return list(zip(starts, config.pet_phase_weights, strict=True))
+
+
+def _rotations(generators: dict[str, Tensor]) -> RotationPair:
+    with torch.no_grad():
+        safe, command = (
+            rotation_from_generators(generators[kind].flatten(0, 1)) for kind in ("safe", "command")
+        )
+    return RotationPair(safe, command)
+
+
+def _split(examples: Sequence[TrainingExample], size: int) -> list[Sequence[TrainingExample]]:
+    return [examples[i : i + size] for i in range(0, len(examples), size)]

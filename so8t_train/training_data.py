@@ -1,0 +1,105 @@
+"""Turn labelled cases into token sequences for the verdict pass and the reply pass."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from so8t_eval.backends.hf_tokenizer import HfTokenizer
+from so8t_eval.cases import Case, load_cases
+from so8t_eval.errors import CaseFileError, ConfigError
+from so8t_eval.labels import SEVERITY_ORDER, Verdict
+from so8t_train.config import FitConfig
+from so8t_train.packing import PackedSequence
+
+
+class TrainingExample(NamedTuple):
+    """One case, tokenized: the prompt up to the verdict position and the reply, if it has one."""
+
+    id: str
+    verdict: Verdict
+    prompt: PackedSequence
+    reply: PackedSequence | None
+
+
+class TrainingSet(NamedTuple):
+    """Tokenized examples in file order, and the ids of cases longer than ``max_length``."""
+
+    examples: list[TrainingExample]
+    too_long: list[str]
+
+
+def load_training_cases(files: Sequence[Path]) -> list[Case]:
+    """Read several case files as one; an id used in two files is an error."""
+    cases: list[Case] = []
+    seen: dict[str, Path] = {}
+    for file in files:
+        for case in load_cases(file):
+            if case.id in seen:
+                raise CaseFileError(
+                    file, None, "id", f"{case.id!r} is used in {seen[case.id]} too; ids must be unique"
+                )
+            seen[case.id] = file
+            cases.append(case)
+    return cases
+
+
+def class_weights(cases: Sequence[Case], config: FitConfig) -> dict[Verdict, float]:
+    """Loss weight of each verdict; ``balanced`` gives every class the same total, mean 1.
+
+    Raises:
+        ConfigError: a verdict has no training case.
+    """
+    counts = Counter(case.verdict for case in cases)
+    missing = [verdict.value for verdict in SEVERITY_ORDER if not counts[verdict]]
+    if missing:
+        raise ConfigError(
+            f"train_file: no case with verdict {', '.join(missing)}; the verdict head needs examples "
+            "of all three: add some, or keep the shipped training file in train_file"
+        )
+    if isinstance(config.class_weights, tuple):
+        return dict(zip(SEVERITY_ORDER, config.class_weights, strict=True))
+    if config.class_weights == "none":
+        return dict.fromkeys(SEVERITY_ORDER, 1.0)
+    return {v: len(cases) / (len(SEVERITY_ORDER) * counts[v]) for v in SEVERITY_ORDER}
+
+
+def tokenize_cases(
+    cases: Sequence[Case],
+    tokenizer: HfTokenizer,
+    verdict_ids: Sequence[int],
+    weights: dict[Verdict, float],
+    max_length: int,
+) -> TrainingSet:
+    """Tokenize every case once, by the verdict protocol."""
+    end = tokenizer.tokenize(tokenizer.protocol.eos_token, True)
+    examples: list[TrainingExample] = []
+    too_long: list[str] = []
+    for case in cases:
+        ids = tokenizer.protocol.prompt_ids(case.conversation, case.policy, tokenizer.tokenize)
+        own = (*ids.body, *ids.tail)
+        verdict_id = verdict_ids[case.verdict.severity]
+        weight = weights[case.verdict]
+        prompt = PackedSequence(ids.head, own, len(own) - 1, (verdict_id,), weight)
+        reply = None
+        if case.reply:
+            answer = (*tokenizer.tokenize(case.reply, False), *end)
+            reply = PackedSequence(ids.head, (*own, verdict_id, *answer[:-1]), len(own), answer)
+        if max(prompt.length, reply.length if reply else 0) > max_length:
+            too_long.append(case.id)
+            continue
+        examples.append(TrainingExample(case.id, case.verdict, prompt, reply))
+    if not examples:
+        raise ConfigError(
+            f"train_file: every case is longer than max_length={max_length} tokens; raise it"
+        )
+    return TrainingSet(examples, too_long)
+
+
+def step_order(n_examples: int, cases_per_step: int, epoch: int, seed: int) -> list[list[int]]:
+    """Example indices of every optimizer step of one epoch; a short last step is kept."""
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(n_examples, generator=rng).tolist()
+    return [order[i : i + cases_per_step] for i in range(0, n_examples, cases_per_step)]

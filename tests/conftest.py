@@ -1,0 +1,21 @@
+"""Models that many tests share, each made once per session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.tiny_gguf import write_tiny_gguf
+
+from so8t_eval.backends.llamacpp import LlamaCppBackend
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture
+def tiny_backend(tiny_gguf: Path) -> Iterator[LlamaCppBackend]:
+    backend = LlamaCppBackend(tiny_gguf, threads=1)
+    yield backend
+    backend.close()
