@@ -50,6 +50,10 @@ class So8tGroup(click.Group):
             return super().main(args, prog_name, complete_var, False, **extra)
         with _termination_interrupts():
             code = self._exit_code(args, prog_name, complete_var, extra)
+        if code == EXIT_INTERRUPTED:
+            # CPython ends by signal, whatever the exit code, if the interrupt struck inside an
+            # exec'd string (as dataclasses use while importing); the next exec forgets that.
+            exec("pass")  # noqa: S102
         sys.exit(_flush(code))
 
     def invoke(self, ctx: click.Context) -> Any:

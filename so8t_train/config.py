@@ -1,7 +1,9 @@
 """The training configuration: one documented field per YAML key, unknown keys are errors."""
 
+import difflib
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -9,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from so8t_eval.cases import describe
 from so8t_eval.errors import ConfigError
 
-CONFIG_FORMAT_VERSION = 1
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+MAX_SEED = 2**32 - 1
 
 
 class FitConfig(BaseModel):
@@ -20,7 +22,7 @@ class FitConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = CONFIG_FORMAT_VERSION
+    format_version: Literal[1] = 1
     """Version of this file format."""
 
     # -- what is trained, on what ------------------------------------------------------------
@@ -66,6 +68,8 @@ class FitConfig(BaseModel):
     """Weight of the verdict cross-entropy."""
     task_loss_weight: NonNegative = 0.3
     """Weight of the reply cross-entropy; 0 skips the reply pass."""
+    task_loss_share: Share = 1.0
+    """Share of the replies learned per epoch, drawn anew each time; fewer is faster."""
     class_weights: Literal["balanced", "none"] | tuple[Positive, Positive, Positive] = "balanced"
     """Weights of allow, escalate and refuse in the verdict loss; balanced: inverse frequency."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -102,7 +106,7 @@ class FitConfig(BaseModel):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     max_length: Annotated[int, Field(ge=64)] = 1024
     """Longest training sequence in tokens; longer cases are left out and counted."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     """Seed of weights, order and dropout."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads; default: what torch chooses."""
@@ -127,9 +131,13 @@ class FitConfig(BaseModel):
         return (value,) if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
-    def _phases_rise(self) -> "FitConfig":
-        if self.pet_phase_starts[0] > self.pet_phase_starts[1]:
-            raise ValueError("pet_phase_starts: expected the middle phase to start before the late")
+    def _phases_rise_and_files_given(self) -> "FitConfig":
+        middle, late = self.pet_phase_starts
+        if not 0 < middle < late:
+            raise ValueError(
+                "pet_phase_starts: expected 0 < middle phase < late phase, found "
+                f"[{middle}, {late}]; for fewer phases give them equal pet_phase_weights"
+            )
         if not self.train_file:
             raise ValueError("train_file: expected at least one file")
         return self
@@ -148,9 +156,11 @@ def load_config(path: Path | str) -> FitConfig:
     """
     source = Path(path)
     try:
-        raw = yaml.safe_load(source.read_text(encoding="utf-8"))
+        raw = yaml.load(source.read_text(encoding="utf-8"), _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
-        raise ConfigError(f"{source}: no such file; give the path of a YAML configuration") from error
+        raise ConfigError(
+            f"{source}: no such file; give the path of a YAML configuration"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -165,6 +175,21 @@ def load_config(path: Path | str) -> FitConfig:
             "dev_file": tuple(root / file for file in config.dev_file),
         }
     )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A safe loader to which a key given twice is an error, not a silent override."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice; keep one", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def parse_config(raw: dict[str, object], where: str) -> FitConfig:
@@ -183,7 +208,7 @@ def parse_config(raw: dict[str, object], where: str) -> FitConfig:
 
 
 def _suggestion(key: str) -> str:
-    import difflib
-
     close = difflib.get_close_matches(key, FitConfig.model_fields, n=1)
-    return f"did you mean {close[0]!r}?" if close else "remove it or see docs/config.md for the keys"
+    return (
+        f"did you mean {close[0]!r}?" if close else "remove it or see docs/config.md for the keys"
+    )

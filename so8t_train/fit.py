@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from so8t_eval.atomic_write import atomic_write_text
-from so8t_eval.errors import ConfigError
+from so8t_eval.errors import ConfigError, DiskError
 from so8t_train.base_model import resolve_base
 from so8t_train.config import FitConfig
 from so8t_train.dev_evaluation import (
@@ -24,9 +24,15 @@ from so8t_train.dev_evaluation import (
 )
 from so8t_train.memory_log import MemoryLog
 from so8t_train.run_dir import MANIFEST, save_run
-from so8t_train.safety_model import build_safety_model, use_training_kernels
+from so8t_train.safety_model import SafetyModel, build_safety_model, use_training_kernels
 from so8t_train.trainer import CHECKPOINTS, StepReport, Trainer, TrainingHooks
-from so8t_train.training_data import class_weights, load_training_cases, tokenize_cases
+from so8t_train.training_data import (
+    TrainingExample,
+    TrainingSet,
+    class_weights,
+    load_training_cases,
+    tokenize_cases,
+)
 
 TRAIN_LOG = "train_log.jsonl"
 MEMORY_LOG = "memory.jsonl"
@@ -70,20 +76,23 @@ def fit(config: FitConfig, *, resume: bool, reporter: FitReporter) -> FitResult:
     precision = "8-bit" if config.load_in_8bit else "float"
     reporter.news(f"loading {source.name} ({precision} base, {str(dtype).removeprefix('torch.')})")
     model, tokenizer = build_safety_model(source, config, dtype)
-    data = tokenize_cases(cases, tokenizer, model.verdict_ids, weights, config.max_length)
-    dev = (
-        tokenize_cases(dev_cases, tokenizer, model.verdict_ids, weights, config.max_length).examples
-        if dev_cases
-        else []
+    data, dev_data = (
+        tokenize_cases(split, tokenizer, model.verdict_ids, weights, config.max_length)
+        for split in (cases, dev_cases)
     )
-    if data.too_long:
-        reporter.news(
-            f"left out {len(data.too_long)} of {len(cases)} cases longer than max_length="
-            f"{config.max_length} tokens: {', '.join(data.too_long[:5])}"
-        )
-    trainer = Trainer(model, tokenizer, config, data.examples, dev, directory, source.sha256)
+    _report_left_out("train_file", data, config.max_length, reporter)
+    if dev_cases:
+        _report_left_out("dev_file", dev_data, config.max_length, reporter)
+    trainer = Trainer(
+        model,
+        config,
+        examples=data.examples,
+        dev=dev_data.examples,
+        run_directory=directory,
+        base_sha256=source.sha256,
+    )
     resumed = trainer.resume() if resume else False
-    directory.mkdir(parents=True, exist_ok=True)
+    _make_directory(directory)
     logs = _Logs(directory, trainer.step, trainer.memory, config.cases_per_step)
     if resumed:
         reporter.news(f"resumed after step {trainer.step} of {trainer.total_steps}")
@@ -94,14 +103,9 @@ def fit(config: FitConfig, *, resume: bool, reporter: FitReporter) -> FitResult:
     with _stop_signals() as stop:
         trainer.run(TrainingHooks(on_step, stop))
     reporter.news("calibrating on the dev split and saving")
-    use_training_kernels(model.eval())
-    result: DevResult | None = None
-    if dev:
-        logits, labels = dev_logits(model, dev), labels_of(dev)
-        model.temperature = fitted_temperature(logits, labels)
-        result = summarize(logits / model.temperature, labels)
+    result = _calibrate(model, dev_data.examples)
     seconds = time.monotonic() - started
-    training = _training_summary(config, trainer, len(data.examples), seconds, result, resumed)
+    training = _training_summary(config, trainer, seconds=seconds, dev=result, resumed=resumed)
     save_run(directory, model, tokenizer, source, config, training)
     from so8t_train.model_card import write_model_card
 
@@ -121,10 +125,43 @@ def compute_dtype(config: FitConfig) -> torch.dtype:
     return torch.bfloat16 if capable else torch.float32
 
 
+def _report_left_out(key: str, data: TrainingSet, max_length: int, reporter: FitReporter) -> None:
+    n_left_out = len(data.too_long)
+    if not data.examples:
+        raise ConfigError(
+            f"{key}: every case is longer than max_length={max_length} tokens; raise it"
+        )
+    if n_left_out:
+        reporter.news(
+            f"{key}: left out {n_left_out} of {n_left_out + len(data.examples)} cases longer than "
+            f"max_length={max_length} tokens: {', '.join(data.too_long[:5])}"
+        )
+
+
+def _calibrate(model: SafetyModel, dev: Sequence[TrainingExample]) -> DevResult | None:
+    """Set the model's temperature by the dev split; its results there, None without one."""
+    if not dev:
+        return None
+    use_training_kernels(model.eval())
+    logits, labels = dev_logits(model, dev), labels_of(dev)
+    model.temperature = fitted_temperature(logits, labels)
+    return summarize(logits / model.temperature, labels)
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"cannot create {directory}: {error.strerror or error}") from error
+
+
 def _check_directory(directory: Path, resume: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"output_dir: {directory} is a file; choose another output_dir")
     if (directory / MANIFEST).is_file():
         raise ConfigError(
-            f"output_dir: {directory} holds a finished run; choose another output_dir, or move it away"
+            f"output_dir: {directory} holds a finished run; choose another output_dir, or move it "
+            "away"
         )
     unfinished = (directory / CHECKPOINTS).is_dir() and any((directory / CHECKPOINTS).iterdir())
     if unfinished and not resume:
@@ -149,8 +186,11 @@ class _Logs:
         line = report._asdict() | {"dev": report.dev._asdict() if report.dev else None}
         memory = {"step": report.step, **use._asdict(), "effective_batch_size": self._cases}
         for path, value in ((self._train, line), (self._memory, memory)):
-            with path.open("a", encoding="utf-8", newline="\n") as stream:
-                stream.write(json.dumps(value) + "\n")
+            try:
+                with path.open("a", encoding="utf-8", newline="\n") as stream:
+                    stream.write(json.dumps(value) + "\n")
+            except OSError as error:
+                raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
         return use.allocated_gib
 
 
@@ -162,7 +202,7 @@ def _cut_after(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):  # torn by a crash
+        except (ValueError, KeyError, TypeError):  # torn by a crash
             continue
     atomic_write_text(path, "".join(kept))
 
@@ -194,14 +234,14 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 def _training_summary(
     config: FitConfig,
     trainer: Trainer,
-    n_examples: int,
+    *,
     seconds: float,
     dev: DevResult | None,
     resumed: bool,
 ) -> dict[str, Any]:
     return {
         "steps": trainer.step,
-        "cases": n_examples,
+        "cases": len(trainer.examples),
         "cases_per_step": config.cases_per_step,
         "seconds": round(seconds, 1),
         "resumed": resumed,

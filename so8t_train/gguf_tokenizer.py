@@ -4,7 +4,7 @@ transformers' own conversion ignores ``tokenizer.ggml.pre``, so it splits digits
 here the pre-tokenizer is the one llama.cpp uses for that name.
 """
 
-from typing import Final
+from typing import Any, Final
 
 from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -18,6 +18,8 @@ _LLAMA_BPE: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# llama.cpp takes a whole word that is a token as that token, whatever the merges say.
+_WHOLE_WORDS_FIRST: Final = ("llama-bpe", "llama3")
 _QWEN2: Final = _LLAMA_BPE.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -53,20 +55,39 @@ def tokenizer_from_gguf(reader: GGUFReader) -> HfTokenizer:
     template = _text(reader, "tokenizer.chat_template")
     if not template:
         raise ModelFileError("the GGUF has no chat template; use an instruct model")
-    tokens: list[str] = reader.fields["tokenizer.ggml.tokens"].contents()
-    types: list[int] = reader.fields["tokenizer.ggml.token_type"].contents()
-    merges: list[str] = reader.fields["tokenizer.ggml.merges"].contents()
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [_split_merge(merge) for merge in merges]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, fuse_unk=False))
-    tokenizer.pre_tokenizer = _pre_tokenizer(_text(reader, "tokenizer.ggml.pre") or "gpt-2")
+    tokens: list[str] = _array(reader, "tokenizer.ggml.tokens")
+    types: list[int] = _array(reader, "tokenizer.ggml.token_type")
+    merges: list[str] = _array(reader, "tokenizer.ggml.merges")
+    if len(types) != len(tokens):
+        raise ModelFileError(
+            f"expected one token type per token, found {len(types)} for {len(tokens)}; fetch the "
+            "GGUF again"
+        )
+    name = _text(reader, "tokenizer.ggml.pre") or "gpt-2"
+    tokenizer = Tokenizer(_bpe(tokens, merges, whole_words_first=name in _WHOLE_WORDS_FIRST))
+    tokenizer.pre_tokenizer = _pre_tokenizer(name)
     tokenizer.decoder = decoders.ByteLevel()
     for token, token_type in zip(tokens, types, strict=True):
         if token_type == CONTROL:
             tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
         elif token_type == USER_DEFINED:
             tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
-    return HfTokenizer(tokenizer, template, _token(reader, tokens, "bos"), _token(reader, tokens, "eos"))
+    return HfTokenizer(
+        tokenizer, template, _token(reader, tokens, "bos"), _token(reader, tokens, "eos")
+    )
+
+
+def _bpe(tokens: list[str], merges: list[str], *, whole_words_first: bool) -> models.BPE:
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    pairs = [_split_merge(merge) for merge in merges]
+    try:
+        return models.BPE(
+            vocab=vocabulary, merges=pairs, fuse_unk=False, ignore_merges=whole_words_first
+        )
+    except Exception as error:  # the Rust library raises bare Exception
+        raise ModelFileError(
+            f"the GGUF's vocabulary and merges do not fit together ({error}); fetch it again"
+        ) from error
 
 
 def _split_merge(merge: str) -> tuple[str, str]:
@@ -79,6 +100,15 @@ def _text(reader: GGUFReader, key: str) -> str:
     return str(field.contents()) if field is not None else ""
 
 
+def _array(reader: GGUFReader, key: str) -> list[Any]:
+    field = reader.fields.get(key)
+    if field is None:
+        raise ModelFileError(f"the GGUF has no {key}; fetch it again, or use another base model")
+    values: list[Any] = field.contents()
+    return values
+
+
 def _token(reader: GGUFReader, tokens: list[str], name: str) -> str:
     field = reader.fields.get(f"tokenizer.ggml.{name}_token_id")
-    return tokens[int(field.contents())] if field is not None else ""
+    token_id = int(field.contents()) if field is not None else -1
+    return tokens[token_id] if 0 <= token_id < len(tokens) else ""

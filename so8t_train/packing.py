@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from so8t_train.packed_attention import PackLayout, Span
+from so8t_train.packed_attention import KeyRange, PackLayout, Span
 
 
 class PackedSequence(NamedTuple):
@@ -62,18 +62,18 @@ def pack(sequences: Sequence[PackedSequence], device: torch.device) -> Pack:
     supervised: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
-    heads: dict[tuple[int, ...], Span] = {}
+    heads: dict[tuple[int, ...], KeyRange] = {}
     for item in sequences:
         if item.head and item.head not in heads:
             start = len(ids)
-            heads[item.head] = Span(start, start + len(item.head), 0, 0)
-            spans.append(heads[item.head])
+            heads[item.head] = KeyRange(start, start + len(item.head))
+            spans.append(Span(start, start + len(item.head)))
             ids += item.head
             positions += range(len(item.head))
             segments += [len(spans)] * len(item.head)
-        head = heads.get(item.head, Span(0, 0, 0, 0))
         start = len(ids)
-        spans.append(Span(start, start + len(item.own), head.start, head.stop))
+        context = (heads[item.head],) if item.head else ()
+        spans.append(Span(start, start + len(item.own), context))
         ids += item.own
         positions += range(len(item.head), item.length)
         segments += [len(spans)] * len(item.own)
@@ -81,9 +81,10 @@ def pack(sequences: Sequence[PackedSequence], device: torch.device) -> Pack:
         supervised += range(first, first + len(item.targets))
         targets += item.targets
         weights += [item.weight] * len(item.targets)
-    row = [torch.tensor([values], device=device) for values in (ids, positions, segments)]
     return Pack(
-        *row,
+        torch.tensor([ids], device=device),
+        torch.tensor([positions], device=device),
+        torch.tensor([segments], device=device),
         PackLayout(tuple(spans)),
         torch.tensor(supervised, device=device),
         torch.tensor(targets, device=device),

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from so8t_eval.atomic_write import atomic_path, atomic_write_text
 from so8t_eval.backends.hf_tokenizer import HfTokenizer
-from so8t_eval.errors import ModelFileError
-from so8t_train.base_model import BaseModelSource, file_sha256, resolve_base
+from so8t_eval.errors import DiskError, ModelFileError
+from so8t_eval.file_hash import file_sha256
+from so8t_train.base_model import BaseModelSource, resolve_base
 from so8t_train.config import FitConfig
 from so8t_train.safety_model import GateTensors, SafetyModel, build_safety_model
 
@@ -56,7 +57,7 @@ class LoadedRun(NamedTuple):
     source: BaseModelSource
 
 
-def save_run(
+def save_run(  # noqa: PLR0917 - everything a run consists of
     directory: Path,
     model: SafetyModel,
     tokenizer: HfTokenizer,
@@ -72,7 +73,10 @@ def save_run(
     import peft
 
     lora_dtype = getattr(torch, config.adapter_dtype)
-    state: dict[str, Tensor] = peft.get_peft_model_state_dict(model.causal_lm)
+    # Without the flag PEFT asks the hub whether the base's vocabulary was resized.
+    state: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        model.causal_lm, save_embedding_layers=False
+    )
     _save(directory / ADAPTER_TENSORS, {k: v.to(lora_dtype) for k, v in state.items()})
     atomic_write_text(directory / ADAPTER_CONFIG, _adapter_config(model, source))
     _save(directory / SAFETY_TENSORS, safety_tensors(model))
@@ -100,13 +104,15 @@ def read_manifest(directory: Path) -> RunManifest:
         ModelFileError: naming the part that is missing, altered or of another version.
     """
     if not directory.is_dir():
-        raise ModelFileError(f"{directory} is not a directory; give a run directory of so8t-train fit")
+        raise ModelFileError(
+            f"{directory} is not a directory; give a run directory of so8t-train fit"
+        )
     missing = [name for name in PARTS if not (directory / name).is_file()]
     if missing:
         raise ModelFileError(
-            f"{directory} is not a complete run: missing {', '.join(missing)}. A run without one of "
-            f"{', '.join(PARTS)} would answer without its safety head, so it is not loaded; train "
-            "again or copy the whole directory"
+            f"{directory} is not a complete run: missing {', '.join(missing)}. Without one of "
+            f"{', '.join(PARTS)} it would answer without its safety head, so it is not loaded; "
+            "train again or copy the whole directory"
         )
     try:
         raw = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -118,6 +124,11 @@ def read_manifest(directory: Path) -> RunManifest:
         manifest = RunManifest.model_validate(raw)
     except (ValueError, ValidationError) as error:
         raise ModelFileError(f"{directory / MANIFEST} cannot be read: {error}") from error
+    if set(manifest.sha256) != set(PARTS) - {MANIFEST}:
+        raise ModelFileError(
+            f"{directory / MANIFEST}: expected sha256 of every part, found "
+            f"{sorted(manifest.sha256)}; restore the file or train again"
+        )
     for name, expected in manifest.sha256.items():
         found = file_sha256(directory / name)
         if found != expected:
@@ -131,7 +142,7 @@ def read_manifest(directory: Path) -> RunManifest:
 def load_run(
     directory: Path, *, dtype: torch.dtype = torch.float32, load_in_8bit: bool | None = None
 ) -> LoadedRun:
-    """Load the live model: base as trained (8-bit unless the run or caller says otherwise).
+    """Load the live model; the base is 8-bit or float as in training, unless the caller says so.
 
     Raises:
         ModelFileError: an incomplete or altered run, another base, or another protocol.
@@ -161,7 +172,7 @@ def load_run(
 
 
 def safety_tensors(model: SafetyModel) -> dict[str, Tensor]:
-    """Content of ``so8t.safetensors``: generators (layers, blocks, 28) and verdict rows, float32."""
+    """Content of ``so8t.safetensors``, float32: verdict rows, generators (layers, blocks, 28)."""
     tensors = {"verdict_rows": model.verdict_rows.detach().cpu().clone()}
     if model.verdict_input_rows is not None:
         tensors["verdict_input_rows"] = model.verdict_input_rows.detach().cpu().clone()
@@ -180,7 +191,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path} is broken or truncated ({error}); restore the file") from error
+        raise ModelFileError(
+            f"{path} is broken or truncated ({error}); restore the file"
+        ) from error
     return tensors
 
 
@@ -236,4 +249,7 @@ def _adapter_config(model: SafetyModel, source: BaseModelSource) -> str:
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     with atomic_path(path) as temporary:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary)
+        except SafetensorError as error:  # how safetensors reports a full disk
+            raise DiskError(f"cannot write {path}: {error}") from error

@@ -12,13 +12,10 @@ from so8t_eval.labels import SEVERITY_ORDER, VERDICT_TOKENS, Verdict
 from so8t_train.base_model import BaseModelSource, load_base, load_tokenizer, quiet_libraries
 from so8t_train.config import FitConfig
 from so8t_train.gate_installation import install_rotation_gates
-from so8t_train.packed_attention import use_packed_attention
+from so8t_train.packed_attention import UNUSED_MASK, use_packed_attention
 from so8t_train.packing import Pack
 from so8t_train.rotation_gate import RotationGate, RotationGateBank
 
-
-# Packed attention goes by the layout; a 4-D mask keeps transformers from building one of its own.
-_UNUSED_MASK = torch.zeros(1, 1, 1, 1)
 _OPENINGS = {Verdict.ALLOW: "Sure", Verdict.ESCALATE: "Please", Verdict.REFUSE: "Sorry"}
 
 
@@ -51,7 +48,7 @@ class SafetyModel(nn.Module):
     @property
     def base(self) -> Any:
         """The transformers model itself, PEFT layers injected."""
-        peft = self.causal_lm
+        peft: Any = self.causal_lm
         return peft.get_base_model() if hasattr(peft, "get_base_model") else peft
 
     @property
@@ -89,8 +86,9 @@ class SafetyModel(nn.Module):
         if bool(is_verdict.any()):
             rows = self.verdict_rows if self.verdict_input_rows is None else self.verdict_input_rows
             scale = float(getattr(table, "embed_scale", 1.0))
-            rows = rows if rows_learn else rows.detach()
-            own = (rows * scale).to(embedded.dtype)[(ids - vocab).clamp(min=0)]
+            own = ((rows if rows_learn else rows.detach()) * scale).to(embedded.dtype)[
+                (ids - vocab).clamp(min=0)
+            ]
             embedded = torch.where(is_verdict.unsqueeze(-1), own, embedded)
         return embedded
 
@@ -98,7 +96,7 @@ class SafetyModel(nn.Module):
         """Final hidden states (1, tokens, hidden) of packed sequences."""
         output = self.base.get_decoder()(
             inputs_embeds=self.embed(packed.ids, rows_learn=rows_learn),
-            attention_mask=_UNUSED_MASK,
+            attention_mask=UNUSED_MASK,
             position_ids=packed.positions,
             use_cache=False,
             packed_layout=packed.layout,
@@ -164,7 +162,8 @@ def build_safety_model(
             f"base_model: {source.name} already has the tokens {', '.join(clashing)}; give the "
             "original base, or continue that run"
         )
-    use_packed_attention(causal_lm)
+    with quiet_libraries():
+        use_packed_attention(causal_lm)
     tied = _is_tied(causal_lm)
     rows = initial_verdict_rows(causal_lm, tokenizer)
     targets: Any = config.lora_target_modules
@@ -183,7 +182,12 @@ def build_safety_model(
         if config.rotation_gates
         else []
     )
-    return SafetyModel(wrapped, gates, rows, tied), tokenizer
+    model = SafetyModel(wrapped, gates, rows, tied)
+    if model.verdict_input_rows is not None:  # never learned: a reply sees a typical opening word
+        table: Tensor = causal_lm.get_input_embeddings().weight  # type: ignore[operator]
+        with torch.no_grad():
+            model.verdict_input_rows.copy_(_opening_rows(table, tokenizer))
+    return model, tokenizer
 
 
 def initial_verdict_rows(causal_lm: nn.Module, tokenizer: HfTokenizer) -> Tensor:
@@ -193,10 +197,14 @@ def initial_verdict_rows(causal_lm: nn.Module, tokenizer: HfTokenizer) -> Tensor
     with a plausible logit instead of having to be lifted over the whole vocabulary first.
     """
     output: Tensor = causal_lm.get_output_embeddings().weight  # type: ignore[operator]
+    return _opening_rows(output, tokenizer)
+
+
+def _opening_rows(table: Tensor, tokenizer: HfTokenizer) -> Tensor:
     rows = []
     for verdict in SEVERITY_ORDER:
         ids = tokenizer.tokenize(_OPENINGS[verdict], False)
-        rows.append(output[ids].detach().float().mean(dim=0))
+        rows.append(table[ids].detach().float().mean(dim=0))
     return torch.stack(rows).cpu()
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from so8t_eval.backends.hf_tokenizer import HfTokenizer
 from so8t_eval.errors import BackendError, ConfigError, Interrupted
 from so8t_train.checkpoint import (
     Checkpoint,
@@ -26,7 +26,7 @@ from so8t_train.losses import safety_loss, task_loss
 from so8t_train.memory_log import MemoryLog
 from so8t_train.packing import pack
 from so8t_train.pet import inertia_penalty, pet_weight
-from so8t_train.rotation_gate import RotationPair
+from so8t_train.rotation_gate import LossKind, RotationPair
 from so8t_train.safety_model import SafetyModel, use_training_kernels
 from so8t_train.so8_rotation import commutator_norm, rotation_from_generators
 from so8t_train.training_data import TrainingExample, step_order
@@ -67,14 +67,14 @@ class Trainer:
     def __init__(
         self,
         model: SafetyModel,
-        tokenizer: HfTokenizer,
         config: FitConfig,
+        *,
         examples: Sequence[TrainingExample],
         dev: Sequence[TrainingExample],
         run_directory: Path,
         base_sha256: str,
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.model, self.config = model, config
         self.examples, self.dev = examples, dev
         self.run_directory = run_directory
         self.config_hash = training_hash(config, base_sha256, examples)
@@ -94,7 +94,7 @@ class Trainer:
 
         Raises:
             Interrupted: a stop was requested; a checkpoint of the last whole step was saved.
-            BackendError: the loss is not finite; the last checkpoint is kept.
+            BackendError: a loss or gradient is not finite; the last checkpoint is kept.
         """
         if self.config.gradient_checkpointing:
             enable_checkpointing(self.model.base)
@@ -103,16 +103,15 @@ class Trainer:
             due = self.step % self.config.save_every_steps == 0
             if due:
                 self.reference = self._generators()
+            hooks.on_step(report)  # before saving: resuming cuts later lines, but cannot add any
             if hooks.stop_requested() and self.step < self.total_steps:
                 self.save()
-                hooks.on_step(report)
                 raise Interrupted(
                     f"stopped after step {self.step} of {self.total_steps}; the checkpoint is in "
                     f"{self.run_directory / CHECKPOINTS}"
                 )
             if due or self.step == self.total_steps:
                 self.save()
-            hooks.on_step(report)
 
     def _train_step(self) -> StepReport:
         started = time.perf_counter()
@@ -120,7 +119,7 @@ class Trainer:
         model.train()
         self._set_learning_rates()
         batch = self._batch()
-        replies = [e for e in batch if e.reply is not None] if config.task_loss_weight else []
+        replies = [e for e in batch if self._learns_reply(e)]
         safety_norm = sum(e.prompt.weight for e in batch)
         task_norm = max(1, sum(len(e.reply.targets) for e in replies if e.reply is not None))
         weight = pet_weight(self.step / self.total_steps, _phases(config)) * config.pet_weight
@@ -147,6 +146,8 @@ class Trainer:
             sums.tokens += packed.tokens
         inertia, commutator = self._finish_rotations()
         norm = self._clip_gradients()
+        if not math.isfinite(norm):
+            raise self._not_finite("gradient", batch)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         rate = self.optimizer.param_groups[0]["lr"]
@@ -154,7 +155,7 @@ class Trainer:
         return StepReport(
             step=self.step,
             total_steps=self.total_steps,
-            epoch=self.step * config.cases_per_step / len(self.examples),
+            epoch=self.step / self._steps_per_epoch,
             loss=config.safety_loss_weight * sums.safety
             + config.task_loss_weight * sums.task
             + weight * sums.temporal
@@ -172,16 +173,31 @@ class Trainer:
             dev=self._evaluate_if_due(),
         )
 
-    def _backward(self, loss: Tensor, kind: Any, micro: Sequence[TrainingExample]) -> None:
+    def _learns_reply(self, example: TrainingExample) -> bool:
+        if example.reply is None or not self.config.task_loss_weight:
+            return False
+        epoch = self.step // self._steps_per_epoch
+        drawn = zlib.crc32(f"{self.config.seed}/{epoch}/{example.id}".encode())
+        return drawn < self.config.task_loss_share * 2**32
+
+    def _backward(self, loss: Tensor, kind: LossKind, micro: Sequence[TrainingExample]) -> None:
         if not math.isfinite(float(loss.detach())):
-            raise BackendError(
-                f"the {kind} loss is not finite at step {self.step + 1} on cases "
-                f"{', '.join(e.id for e in micro[:4])}…; the last checkpoint is kept: lower "
-                "learning_rate, or set compute_dtype: float32, and resume"
-            )
+            raise self._not_finite(f"{kind} loss", micro)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.model.bank is not None:
             self.model.bank.collect(kind)
+
+    def _not_finite(self, what: str, cases: Sequence[TrainingExample]) -> BackendError:
+        """The error to raise; lets go of the half-done step, whose update is never applied."""
+        if self.model.bank is not None:
+            self.model.bank.end()
+        self.optimizer.zero_grad(set_to_none=True)
+        shown = ", ".join(example.id for example in cases[:4])
+        return BackendError(
+            f"the {what} is not finite at step {self.step + 1} on cases {shown}"
+            f"{'…' if len(cases) > 4 else ''}; the last checkpoint is kept. Set compute_dtype: "
+            "float32 or a lower learning_rate, and start again in another output_dir"
+        )
 
     def _finish_rotations(self) -> tuple[float, float]:
         """Send the collected gradients to the generators; inertia value and commutator (rms)."""
@@ -202,7 +218,7 @@ class Trainer:
         return float(inertia.detach()), commutator
 
     def _clip_gradients(self) -> float:
-        """Clip each parameter group by itself, so that no loss scales another's step; total norm."""
+        """Clip each group by itself, so that no loss scales another's step; total norm before."""
         squares = 0.0
         for group in self.optimizer.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
@@ -211,12 +227,13 @@ class Trainer:
         return math.sqrt(squares)
 
     def _batch(self) -> list[TrainingExample]:
-        per_epoch = math.ceil(len(self.examples) / self.config.cases_per_step)
-        epoch, index = divmod(self.step, per_epoch)
-        order = step_order(
-            len(self.examples), self.config.cases_per_step, epoch, self.config.seed
-        )
+        epoch, index = divmod(self.step, self._steps_per_epoch)
+        order = step_order(len(self.examples), self.config.cases_per_step, epoch, self.config.seed)
         return [self.examples[i] for i in order[index]]
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.examples) / self.config.cases_per_step)
 
     def _set_learning_rates(self) -> None:
         scale = schedule(self.step, self.total_steps, self.config.warmup_ratio)
@@ -309,9 +326,7 @@ def total_steps(n_examples: int, config: FitConfig) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def training_hash(
-    config: FitConfig, base_sha256: str, examples: Sequence[TrainingExample]
-) -> str:
+def training_hash(config: FitConfig, base_sha256: str, examples: Sequence[TrainingExample]) -> str:
     """SHA-256 over everything that shapes the weights; paths and logging intervals do not."""
     free = {"output_dir", "train_file", "dev_file", "eval_every_steps", "eval_max_cases"}
     free |= {"save_total_limit", "offload_folder", "adapter_dtype", "merge_base"}
@@ -340,7 +355,9 @@ def _trainable(model: SafetyModel, config: FitConfig) -> dict[nn.Parameter, str]
 
 
 def _parameter_groups(names: dict[nn.Parameter, str], config: FitConfig) -> list[dict[str, Any]]:
-    safety = [p for p, n in names.items() if n.endswith("safe_generators") or n.startswith("verdict_")]
+    safety = [
+        p for p, n in names.items() if n.endswith("safe_generators") or n.startswith("verdict_")
+    ]
     task = [p for p in names if all(p is not s for s in safety)]
     groups = [{"params": task, "lr": 0.0, "peak_lr": config.learning_rate}]
     if safety:

@@ -49,7 +49,7 @@ def load_hf_tokenizer(directory: Path) -> HfTokenizer:
         tokenizer = Tokenizer.from_file(str(path))
         config: dict[str, Any] = _read_json(directory / "tokenizer_config.json")
     except Exception as error:  # the Rust library raises bare Exception
-        raise ModelFileError(f"{path} cannot be read: {error}") from error
+        raise ModelFileError(f"{path} cannot be read: {error}; copy or export it again") from error
     template = _chat_template(directory, config)
     if not template:
         raise ModelFileError(

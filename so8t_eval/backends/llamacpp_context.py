@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from so8t_eval.backends.deferred_interrupts import DeferredInterrupts
 from so8t_eval.errors import BackendError, ModelFileError
 
 # Threads that spin at OpenMP's barriers stall for whole time slices as soon as another process
@@ -59,9 +60,11 @@ class LlamaModel:
         mute_logs()
         c_api.llama_backend_init()
         _recent_log.clear()
-        self.pointer = c_api.llama_model_load_from_file(
-            os.fsencode(path), c_api.llama_model_default_params()
-        )
+        parameters = c_api.llama_model_default_params()
+        with DeferredInterrupts() as interrupts:
+            go_on = c_api.llama_progress_callback(lambda _share, _data: not interrupts.requested)
+            parameters.progress_callback = go_on
+            self.pointer = c_api.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self.pointer:
             raise ModelFileError(
                 f"llama.cpp cannot load {path}: {_last_error()}; "
@@ -139,7 +142,8 @@ class LlamaContext:
         if float32_memory:
             parameters.type_k = parameters.type_v = _GGML_TYPE_F32
         _recent_log.clear()
-        self.pointer = c_api.llama_init_from_model(model.pointer, parameters)
+        with DeferredInterrupts():
+            self.pointer = c_api.llama_init_from_model(model.pointer, parameters)
         if not self.pointer:
             raise BackendError(
                 f"llama.cpp cannot make a context of {n_positions} tokens: {_last_error()}; "
@@ -190,7 +194,8 @@ class LlamaContext:
         for i in outputs:
             batch.logits[i] = 1
         _recent_log.clear()
-        code = c_api.llama_decode(self.pointer, batch)
+        with DeferredInterrupts():
+            code = c_api.llama_decode(self.pointer, batch)
         if code:
             reason = "no room in the context" if code == _NO_SLOT else _last_error()
             raise BackendError(f"llama.cpp failed on a batch of {n} tokens (code {code}): {reason}")

@@ -1,21 +1,11 @@
 """The ``so8t-eval`` command: subcommands are imported when they run, so that help is instant."""
 
-import importlib
-from typing import Final, NamedTuple
+from typing import Final
 
 import click
 
 from so8t_eval import __version__
-from so8t_eval.cli_errors import So8tGroup
-
-
-class LazyCommand(NamedTuple):
-    """Where a subcommand lives, and its help line (a test keeps it equal to the command's own)."""
-
-    module: str
-    attribute: str
-    short_help: str
-
+from so8t_eval.lazy_group import LazyCommand, LazyGroup
 
 COMMANDS: Final = {
     "judge": LazyCommand("so8t_eval.cli.judge", "judge", "Judge one text."),
@@ -23,28 +13,11 @@ COMMANDS: Final = {
 }
 
 
-class LazyGroup(So8tGroup):
-    """A group whose commands are listed from ``COMMANDS`` and imported on use."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of all subcommands."""
-        return sorted(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a subcommand, None if there is no such name."""
-        if cmd_name not in COMMANDS:
-            return None
-        lazy = COMMANDS[cmd_name]
-        command: click.Command = getattr(importlib.import_module(lazy.module), lazy.attribute)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the subcommands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name].short_help) for name in sorted(COMMANDS)])
-
-
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    lazy_commands=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="so8t-eval")
 def main() -> None:
     """Measure the safety verdicts of local language models.

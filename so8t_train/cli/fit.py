@@ -7,12 +7,15 @@ import click
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--resume", is_flag=True, help="Continue an interrupted run from its last checkpoint.")
+@click.option(
+    "--resume", is_flag=True, help="Continue an interrupted run from its last checkpoint."
+)
 @click.option("--output-dir", type=click.Path(path_type=Path), help="Override output_dir.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Override max_steps.")
-@click.option("--seed", type=int, help="Override seed.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Override seed.")
 @click.option("--threads", type=click.IntRange(min=1), help="Override threads (CPU).")
 def fit(
+    *,
     config: Path,
     resume: bool,
     output_dir: Path | None,
@@ -48,9 +51,9 @@ def fit(
     if result.dev is not None:
         dev = result.dev
         click.echo(
-            f"dev (n={dev.n}): accuracy {dev.accuracy:.3f}, refuse recall {_share(dev.refuse_recall)}, "
-            f"unsafe allow {_share(dev.unsafe_allow_rate)}, over-refusal "
-            f"{_share(dev.over_refusal_rate)}, temperature {result.temperature:.2f}"
+            f"dev (n={dev.n}): accuracy {dev.accuracy:.3f}, refuse recall "
+            f"{_share(dev.refuse_recall)}, unsafe allow {_share(dev.unsafe_allow_rate)}, "
+            f"over-refusal {_share(dev.over_refusal_rate)}, temperature {result.temperature:.2f}"
         )
     click.echo(f"next: so8t-train export {result.directory} --quant f16,q8_0 -o gguf")
 

@@ -42,7 +42,7 @@ class FitProgress:
         self._progress.stop()
 
     def _news(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _on_step(self, report: StepReport, memory_gib: float) -> None:
         if self._task is not None:

@@ -25,7 +25,7 @@ def invoke(*arguments: str | Path, stdin: bytes | str = b"") -> Result:
 
 
 def judged(*arguments: str | Path, stdin: bytes | str = b"") -> dict[str, object]:
-    result = invoke(*arguments, "--json", stdin=stdin)
+    result = invoke("--json", *arguments, stdin=stdin)
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
     assert isinstance(facts, dict)
@@ -120,9 +120,7 @@ def test_text_that_cannot_be_judged_is_2(
     [(b"[", "expected JSON"), (b"{}", "expected a list"), (b"\xff", "expected JSON in UTF-8"),
      (b'[{"role": "user"}]', "missing"), (b"[]", "at least one message")],
 )  # fmt: skip
-def test_wrong_messages_file_is_2(
-    model: str, tmp_path: Path, content: bytes, problem: str
-) -> None:
+def test_wrong_messages_file_is_2(model: str, tmp_path: Path, content: bytes, problem: str) -> None:
     path = tmp_path / "m.json"
     path.write_bytes(content)
     result = invoke("--messages", path, "--model", model)

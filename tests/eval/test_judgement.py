@@ -30,9 +30,7 @@ def test_softmax_sums_to_one_and_keeps_ratios(a: float, b: float, c: float) -> N
         ((1.0, 1.0, 1.0), Verdict.REFUSE),
     ],
 )
-def test_ties_go_to_the_more_severe(
-    logits: tuple[float, float, float], verdict: Verdict
-) -> None:
+def test_ties_go_to_the_more_severe(logits: tuple[float, float, float], verdict: Verdict) -> None:
     assert judge_windows([Logits(*logits)]).verdict == verdict
 
 

@@ -1,4 +1,4 @@
-"""The llama.cpp backend: batched equals single, shared prefixes equal cold starts, errors explain."""
+"""The llama.cpp backend: batched equals single, warm equals cold, errors explain."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -76,9 +76,9 @@ def test_scores_survive_an_abandoned_iteration(exact_backend: LlamaCppBackend) -
     single = exact_backend.score_single(ids[0])
     rest = dict(iterator)
     assert largest_difference([single], expected[:1]) < EXACT_TOLERANCE
-    assert largest_difference(
-        [rest[i] for i in rest], [expected[i] for i in rest]
-    ) < EXACT_TOLERANCE
+    assert (
+        largest_difference([rest[i] for i in rest], [expected[i] for i in rest]) < EXACT_TOLERANCE
+    )
 
 
 def test_flash_attention_stays_close_to_exact(

@@ -1,5 +1,7 @@
 """The verdict protocol: nothing a user writes forges a turn, nothing is cut silently."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -107,7 +109,7 @@ def test_windows_cover_the_body_with_overlap_and_keep_head_and_tail(
     assert all(window[len(window) - tail :] == list(prompt.tail) for window in split)
     bodies = [window[head : len(window) - tail] for window in split]
     assert {i for piece in bodies for i in piece} == set(range(body))
-    for before, after in zip(bodies, bodies[1:], strict=False):
+    for before, after in itertools.pairwise(bodies):
         assert len(set(before) & set(after)) >= (limit - head - tail) // 4
 
 

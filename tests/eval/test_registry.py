@@ -79,7 +79,9 @@ def install_plugin(site: Path, model: Path) -> None:
     """A package that registers both entry points, as installers lay it out."""
     information = site / "so8t_test_plugin-1.0.dist-info"
     information.mkdir(parents=True)
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: so8t-test-plugin\nVersion: 1\n")
+    (information / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: so8t-test-plugin\nVersion: 1\n"
+    )
     (information / "entry_points.txt").write_text(
         "[so8t_eval.backends]\nso8t_run_dir = so8t_test_plugin:open_run_dir\n"
         "[so8t_eval.reference_model]\nsmollm2 = so8t_test_plugin:prepare\n"

@@ -58,9 +58,7 @@ def by_id(records: Sequence[Record]) -> dict[str, Record]:
     return {record.id: record for record in records}
 
 
-def test_every_case_gets_one_record_in_order(
-    tiny_backend: LlamaCppBackend, tmp_path: Path
-) -> None:
+def test_every_case_gets_one_record_in_order(tiny_backend: LlamaCppBackend, tmp_path: Path) -> None:
     cases = make_cases(20)
     result = run(tiny_backend, cases, tmp_path / "r.jsonl", latency_cases=5)
     assert [record.id for record in result.records] == [case.id for case in cases]
@@ -72,7 +70,7 @@ def test_every_case_gets_one_record_in_order(
         assert record.probabilities is not None
         assert record.verdict == record.probabilities.top()
         assert record.error is None
-    assert len({record.verdict for record in result.records}) > 1
+    assert len({record.logits for record in result.records}) == 20
 
 
 def test_resume_judges_only_what_is_missing(tiny_backend: LlamaCppBackend, tmp_path: Path) -> None:
@@ -149,7 +147,7 @@ def test_a_failing_case_is_invalid_and_the_run_goes_on(tiny_gguf: Path, tmp_path
 def test_a_runtime_that_fails_on_everything_ends_the_run(tiny_gguf: Path, tmp_path: Path) -> None:
     backend = FailsOnPoison(tiny_gguf)
     cases = [Case.model_validate(case_dict(i, prompt=f"{POISON}{i}")) for i in range(6)]
-    with pytest.raises(BackendError, match="3 cases in a row.*poisoned"):
+    with pytest.raises(BackendError, match=r"3 cases in a row.*poisoned"):
         run(backend, cases, tmp_path / "r.jsonl")
     assert read_records(tmp_path / "r.jsonl").records == []
     backend.close()

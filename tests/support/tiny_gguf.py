@@ -1,4 +1,4 @@
-"""Write a tiny random llama GGUF with a byte-level vocabulary and SO8T keys: loads in stock llama.cpp."""
+"""Write a tiny random llama GGUF, byte-level and with SO8T keys, that stock llama.cpp loads."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,0 +1,1 @@
+"""What this machine can do: probes that really run, each unable to hide another."""

@@ -1,0 +1,96 @@
+"""Judge with a run directory as trained: 8-bit base, live LoRA, live rotation gates."""
+
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from so8t_eval.backends.torch_backend import TorchBackend
+from so8t_eval.backends.torch_scoring import DecoderParts
+from so8t_eval.file_hash import file_sha256
+from so8t_eval.protocol import DEFAULT_MAX_PROMPT_TOKENS
+from so8t_train.base_model import dequantized_weight
+from so8t_train.run_dir import MANIFEST, load_run
+from so8t_train.safety_model import SafetyModel, linear_8bit_layers, use_training_kernels
+
+_MOST_MEMORY_SHARE = 0.5
+"""Share of free memory that dequantized weights may take."""
+
+
+def open_run_dir(
+    path: Path,
+    *,
+    threads: int | None = None,
+    batch_tokens: int | None = None,
+    max_prompt_tokens: int = DEFAULT_MAX_PROMPT_TOKENS,
+) -> TorchBackend:
+    """Load the live model of a run, nothing merged, in float32.
+
+    On a CPU 8-bit layers multiply by their dequantized weights, as they did in training; these are
+    kept where memory allows, else made anew in every pass: the same numbers, slower.
+
+    Raises:
+        ModelFileError: an incomplete or altered run, another base, or another protocol.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)  # loading computes too
+    run = load_run(path)
+    model = run.model
+    use_training_kernels(model)
+    if model.bank is not None:
+        model.bank.begin_eval()
+    return TorchBackend(
+        DecoderParts(
+            decoder=model.base.get_decoder(),
+            embed=model.embed,
+            verdict_logits=model.verdict_logits,
+            vocabulary_logits=model.vocabulary_logits,
+            device=model.device,
+        ),
+        run.tokenizer,
+        config=model.config,
+        verdict_ids=model.verdict_ids,
+        model=path.resolve().name,
+        # The manifest holds the hash of every other part, of the base, and the temperature.
+        model_sha256=file_sha256(path / MANIFEST),
+        settings={
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "weights": _settle_weights(model),
+            "rotation_gates": model.bank is not None,
+        },
+        threads=threads,
+        batch_tokens=batch_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+    )
+
+
+def _settle_weights(model: SafetyModel) -> str:
+    """Keep dequantized weights if they fit in memory; say what the base's weights are."""
+    layers = list(linear_8bit_layers(model))
+    if not layers:
+        return "float base"
+    if model.device.type != "cpu":
+        return "8-bit base, LLM.int8 kernels"
+    needed = sum(4 * p.numel() for layer in layers for p in layer.parameters())
+    if needed > _MOST_MEMORY_SHARE * psutil.virtual_memory().available:
+        return "8-bit base, dequantized in every pass"
+    hold_dequantized_weights(model)
+    return "8-bit base, dequantized once"
+
+
+def hold_dequantized_weights(model: nn.Module) -> None:
+    """Replace 8-bit layers by float32 ones with the very weights their training kernel makes.
+
+    That kernel dequantizes in every pass; once is enough where memory for it is at hand.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ != "Linear8bitLt":
+                continue
+            with torch.device("meta"):
+                layer = nn.Linear(child.in_features, child.out_features, bias=False)
+            layer.weight = nn.Parameter(dequantized_weight(child), requires_grad=False)
+            if child.bias is not None:
+                layer.bias = nn.Parameter(child.bias.detach().float(), requires_grad=False)
+            setattr(parent, name, layer)
