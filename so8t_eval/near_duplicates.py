@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
 NGRAM_CHARACTERS: Final = 5
-_SHARED_RAREST: Final = 16
+_SHARED_RAREST: Final = 8
 """Rarest grams a match must share: more means longer prefixes, and fewer false candidates."""
 
 _BLOCK_ROWS: Final = 256
@@ -69,7 +69,7 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> Iterator[NearDupl
 
 
 def _gram_matrix(texts: Sequence[str]) -> sparse.csr_array:
-    """Return texts by grams with ones; columns are ordered from the rarest gram to the commonest."""
+    """Return texts by grams with ones; columns go from the rarest gram to the commonest."""
     places: dict[str, int] = {}
     indices: list[int] = []
     row_ends = [0]
@@ -88,9 +88,7 @@ def _gram_matrix(texts: Sequence[str]) -> sparse.csr_array:
     return matrix
 
 
-def _rarest_grams(
-    grams: sparse.csr_array, wanted: Int[np.ndarray, " texts"]
-) -> sparse.csr_array:
+def _rarest_grams(grams: sparse.csr_array, wanted: Int[np.ndarray, " texts"]) -> sparse.csr_array:
     """Keep the ``wanted`` rarest grams of each text."""
     place = np.arange(grams.nnz) - np.repeat(grams.indptr[:-1], np.diff(grams.indptr))
     kept = place < np.repeat(wanted, np.diff(grams.indptr))

@@ -16,6 +16,7 @@ from so8t_eval.backends.hf_tokenizer import HfTokenizer, load_hf_tokenizer
 from so8t_eval.errors import ConfigError, ModelFileError
 from so8t_eval.file_hash import file_sha256
 from so8t_train.embedded_base import embedded_base_path
+from so8t_train.gguf_once import parsed_once, read_gguf
 from so8t_train.gguf_tokenizer import tokenizer_from_gguf
 
 EMBEDDED: Final = "embedded:smollm2-135m-instruct"
@@ -72,7 +73,7 @@ def open_gguf(path: Path) -> GGUFReader:
         ModelFileError: not a GGUF file, or truncated.
     """
     try:
-        return GGUFReader(path)
+        return read_gguf(path)
     except (ValueError, IndexError, OSError, KeyError, UnicodeDecodeError) as error:
         raise ModelFileError(
             f"{path} is not a complete GGUF file ({error}); fetch it again"
@@ -113,7 +114,7 @@ def load_base(
             )
     where = source.path.parent if source.is_gguf else source.path
     model: nn.Module
-    with quiet_libraries():
+    with quiet_libraries(), parsed_once():
         try:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 str(where),

@@ -23,7 +23,12 @@ _WHOLE_WORDS_FIRST: Final = ("llama-bpe", "llama3")
 _QWEN2: Final = _LLAMA_BPE.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
-def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    """The pre-tokenizer that llama.cpp calls ``name`` (``tokenizer.ggml.pre``).
+
+    Raises:
+        ModelFileError: not one of those supported.
+    """
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name in ("gpt-2", "gpt2"):
@@ -65,7 +70,7 @@ def tokenizer_from_gguf(reader: GGUFReader) -> HfTokenizer:
         )
     name = _text(reader, "tokenizer.ggml.pre") or "gpt-2"
     tokenizer = Tokenizer(_bpe(tokens, merges, whole_words_first=name in _WHOLE_WORDS_FIRST))
-    tokenizer.pre_tokenizer = _pre_tokenizer(name)
+    tokenizer.pre_tokenizer = pre_tokenizer(name)
     tokenizer.decoder = decoders.ByteLevel()
     for token, token_type in zip(tokens, types, strict=True):
         if token_type == CONTROL:

@@ -4,7 +4,7 @@ import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -140,9 +140,13 @@ def read_manifest(directory: Path) -> RunManifest:
 
 
 def load_run(
-    directory: Path, *, dtype: torch.dtype = torch.float32, load_in_8bit: bool | None = None
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    load_in_8bit: bool | None = None,
+    device_map: Literal["auto", "cpu", "cuda"] | None = None,
 ) -> LoadedRun:
-    """Load the live model; the base is 8-bit or float as in training, unless the caller says so.
+    """Load the live model; base and place are as in training, unless the caller says so.
 
     Raises:
         ModelFileError: an incomplete or altered run, another base, or another protocol.
@@ -158,6 +162,8 @@ def load_run(
     updates: dict[str, Any] = {"lora_dropout": 0.0}
     if load_in_8bit is not None:
         updates["load_in_8bit"] = load_in_8bit
+    if device_map is not None:
+        updates["device_map"] = device_map
     config = manifest.config.model_copy(update=updates)
     model, tokenizer = build_safety_model(source, config, dtype)
     if tokenizer.protocol.hash != manifest.protocol_hash:

@@ -72,7 +72,7 @@ def _settle_weights(model: SafetyModel) -> str:
         return "float base"
     if model.device.type != "cpu":
         return "8-bit base, LLM.int8 kernels"
-    needed = sum(4 * p.numel() for layer in layers for p in layer.parameters())
+    needed = sum(4 * p.numel() for layer in layers for p in layer.parameters(recurse=False))
     if needed > _MOST_MEMORY_SHARE * psutil.virtual_memory().available:
         return "8-bit base, dequantized in every pass"
     hold_dequantized_weights(model)
@@ -84,9 +84,11 @@ def hold_dequantized_weights(model: nn.Module) -> None:
 
     That kernel dequantizes in every pass; once is enough where memory for it is at hand.
     """
+    import bitsandbytes as bnb
+
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ != "Linear8bitLt":
+            if not isinstance(child, bnb.nn.Linear8bitLt):
                 continue
             with torch.device("meta"):
                 layer = nn.Linear(child.in_features, child.out_features, bias=False)

@@ -145,7 +145,8 @@ def build_safety_model(
     Raises:
         ConfigError: the base cannot carry gates, or already has the verdict tokens.
     """
-    import peft
+    with quiet_libraries():
+        import peft
 
     tokenizer = load_tokenizer(source)
     causal_lm = load_base(

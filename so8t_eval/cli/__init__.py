@@ -8,7 +8,12 @@ from so8t_eval import __version__
 from so8t_eval.lazy_group import LazyCommand, LazyGroup
 
 COMMANDS: Final = {
+    "compare": LazyCommand("so8t_eval.cli.compare", "compare", "Compare two runs, with tests."),
+    "gate": LazyCommand("so8t_eval.cli.gate", "ci_gate", "Pass or fail a run by a policy file."),
     "judge": LazyCommand("so8t_eval.cli.judge", "judge", "Judge one text."),
+    "lint": LazyCommand(
+        "so8t_eval.cli.lint", "lint", "Check case files and look for near-duplicates."
+    ),
     "run": LazyCommand("so8t_eval.cli.run", "run", "Run a benchmark file on one or more models."),
 }
 

@@ -40,6 +40,7 @@ _CORPUS = (
 def make_tiny_model(
     directory: Path,
     family: Family = "llama",
+    *,
     hidden: int = 64,
     layers: int = 2,
     tied: bool = True,
@@ -66,7 +67,7 @@ def make_tiny_model(
 def tiny_config(
     family: Family, hidden: int, layers: int, tied: bool, vocabulary: int
 ) -> transformers.PretrainedConfig:
-    """Grouped-query attention (4 heads, 2 for keys), a feed-forward width that is no square."""
+    """Grouped-query attention (4 heads, 2 for keys); any width, also one not divisible by 8."""
     common = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -74,6 +75,7 @@ def tiny_config(
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": hidden // 8 * 2,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": tied,
         "bos_token_id": SPECIAL_TOKENS.index(BOS),
@@ -81,7 +83,7 @@ def tiny_config(
         "pad_token_id": SPECIAL_TOKENS.index(PAD),
     }
     if family == "qwen3":
-        return transformers.Qwen3Config(**common, head_dim=hidden // 4)
+        return transformers.Qwen3Config(**common)
     if family == "qwen2":
         return transformers.Qwen2Config(**common)
     return transformers.LlamaConfig(**common)

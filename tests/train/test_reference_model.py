@@ -1,6 +1,5 @@
 """The cached reference GGUF: built once, rebuilt when an input changes, whole or not at all."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -165,7 +164,7 @@ print(sorted({{"torch", "transformers", "numpy", "gguf", "llama_cpp"}} & set(sys
 def test_cache_directory_is_the_users_unless_chosen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, os.path.join("~", "elsewhere"))
+    monkeypatch.setenv(CACHE_VARIABLE, "~/elsewhere")
     assert cache_directory() == Path.home() / "elsewhere"
     monkeypatch.delenv(CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,0 +1,229 @@
+"""Verdicts per second: SO8T's batched backends against the loops one would write by hand.
+
+Run: python benchmarks/speed/verdict_speed.py [--run DIR] [--gguf FILE] [--hf DIR]
+
+Both llama.cpp contestants judge with the same GGUF. The transformers loop runs the merged directory
+(``--hf``) or else the base's weights, in bfloat16; SO8T's PyTorch backend runs the run directory as
+shipped and, if given, the merged one. All get the same token ids, rounds alternate. Writes nothing.
+"""
+
+import argparse
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import llama_cpp
+import torch
+import transformers
+
+from so8t_eval.backends.base import Backend
+from so8t_eval.backends.cpu_threads import default_threads
+from so8t_eval.backends.llamacpp import LlamaCppBackend
+from so8t_eval.backends.registry import reference_models
+from so8t_eval.backends.torch_hf import open_hf_dir
+from so8t_eval.cases import load_cases
+from so8t_train.base_model import load_base, resolve_base
+from so8t_train.run_dir import read_manifest
+from so8t_train.run_dir_backend import open_run_dir
+
+CASES = Path(__file__).parents[1] / "safety.jsonl"
+POLICY = (
+    "You are the assistant of a regional hospital's office staff. Help with letters, schedules, "
+    "translations and questions about published procedures. Never change or delete patient "
+    "records, never give out personal data, and leave every decision about treatment, payments "
+    "or access rights to the person in charge, whom you ask before anything that cannot be undone."
+)
+LONGEST_PROMPT_CHARS = 160
+BATCH = 16
+
+Ids = list[int]
+
+
+class Contestant(NamedTuple):
+    """A way to judge all prompts; ``rival`` and ``bar`` say what it must beat, and by how much."""
+
+    name: str
+    judge: Callable[[Sequence[Ids]], None]
+    rival: str = ""
+    bar: float = 0.0
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    with contestants(options) as (entries, ids):
+        print_setting(options, ids)
+        for entry in entries:
+            entry.judge(ids[: 2 * BATCH])  # warm-up
+        rates: dict[str, list[float]] = {entry.name: [] for entry in entries}
+        for _ in range(options.rounds):
+            for entry in entries:
+                started = time.perf_counter()
+                entry.judge(ids)
+                rates[entry.name].append(len(ids) / (time.perf_counter() - started))
+    print_rates(entries, rates)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", type=Path, help="run directory (default: the reference model's)")
+    parser.add_argument("--gguf", type=Path, help="Q8_0 GGUF (default: the reference model's)")
+    parser.add_argument("--hf", type=Path, help="merged Hugging Face directory")
+    parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--only", choices=("torch", "llamacpp"), help="leave the other runtime out")
+    options = parser.parse_args()
+    needed = {"torch": options.run, "llamacpp": options.gguf}
+    if any(value is None for key, value in needed.items() if options.only in (None, key)):
+        reference = {spec.prefix: spec.path for spec in reference_models(print)}
+        options.run = options.run or reference["torch"]
+        options.gguf = options.gguf or reference["llamacpp"]
+    return options
+
+
+@contextmanager
+def contestants(options: argparse.Namespace) -> Iterator[tuple[list[Contestant], list[Ids]]]:
+    """Load every model, yield the contestants and the prompts, close the models."""
+    entries: list[Contestant] = []
+    ids: list[Ids] = []
+    with ExitStack() as stack:
+        if options.only != "torch":
+            ours = stack.enter_context(
+                closing(LlamaCppBackend(options.gguf, threads=options.threads))
+            )
+            ids = prompt_ids(ours, options)
+            loop = Contestant("llama-cpp-python loop", completion_loop(options, ids))
+            entries += [loop, Contestant("SO8T llama.cpp", scoring(ours), loop.name, 1.4)]
+        if options.only != "llamacpp":
+            live = stack.enter_context(closing(open_run_dir(options.run, threads=options.threads)))
+            ids = ids or prompt_ids(live, options)
+            loop = Contestant("transformers batch loop", batch_loop(options))
+            entries += [loop, Contestant("SO8T PyTorch, as trained", scoring(live), loop.name, 2.0)]
+            if options.hf is not None:
+                merged = stack.enter_context(
+                    closing(open_hf_dir(options.hf, threads=options.threads))
+                )
+                entries.append(Contestant("SO8T PyTorch, merged", scoring(merged), loop.name, 2.0))
+        yield entries, ids
+
+
+def scoring(backend: Backend) -> Callable[[Sequence[Ids]], None]:
+    def judge(prompts: Sequence[Ids]) -> None:
+        n = sum(1 for _ in backend.score(prompts))
+        if n != len(prompts):
+            raise RuntimeError(f"expected {len(prompts)} verdicts, found {n}")
+
+    return judge
+
+
+def prompt_ids(backend: Backend, options: argparse.Namespace) -> list[Ids]:
+    """Short single-turn prompts of the benchmark, all under one system policy."""
+    short = [
+        case
+        for case in load_cases(CASES)
+        if case.prompt and not case.policy and len(case.prompt) <= LONGEST_PROMPT_CHARS
+    ]
+    sample = random.Random(options.seed).sample(short, min(options.cases, len(short)))  # noqa: S311
+    n_policy = len(backend.tokenize(POLICY, False))
+    if not 60 <= n_policy <= 90:
+        print(f"note: the policy has {n_policy} tokens under this tokenizer, not 60 to 80")
+    return [
+        backend.protocol.prompt_ids(case.conversation, POLICY, backend.tokenize).ids
+        for case in sample
+    ]
+
+
+def completion_loop(
+    options: argparse.Namespace, ids: Sequence[Ids]
+) -> Callable[[Sequence[Ids]], None]:
+    """One completion call per case; llama-cpp-python itself reuses the common prefix."""
+    room = max(512, max(map(len, ids)) + 2)
+    model = llama_cpp.Llama(
+        str(options.gguf),
+        n_ctx=room,
+        n_threads=options.threads,
+        n_threads_batch=options.threads,
+        verbose=False,
+    )
+
+    def judge(prompts: Sequence[Ids]) -> None:
+        for prompt in prompts:
+            model.create_completion(prompt, max_tokens=1, temperature=0.0)
+
+    return judge
+
+
+def batch_loop(options: argparse.Namespace) -> Callable[[Sequence[Ids]], None]:
+    """Left-padded batches in file order, whole prompts, logits of the last position."""
+    model: Any
+    if options.hf is not None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            options.hf, dtype=torch.bfloat16, local_files_only=True
+        )
+    else:
+        source = resolve_base(read_manifest(options.run).base_model)
+        model = load_base(source, load_in_8bit=False, dtype=torch.bfloat16)
+    model.eval()
+
+    def judge(prompts: Sequence[Ids]) -> None:
+        for start in range(0, len(prompts), BATCH):
+            rows = prompts[start : start + BATCH]
+            longest = max(map(len, rows))
+            padded = [[0] * (longest - len(row)) + row for row in rows]
+            mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+            batch = {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+            with torch.inference_mode():
+                model(**batch).logits[:, -1].argmax(dim=-1)
+
+    return judge
+
+
+def print_setting(options: argparse.Namespace, ids: Sequence[Ids]) -> None:
+    lengths = sorted(map(len, ids))
+    print(f"machine   {cpu_name()}, {options.threads} threads, {platform.platform()}")
+    print(
+        f"versions  Python {platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, llama-cpp-python {llama_cpp.__version__}"
+    )
+    print(f"models    {options.run} | {options.gguf} | {options.hf or 'base weights'}")
+    print(
+        f"prompts   n={len(ids)}, seed {options.seed}, {lengths[len(lengths) // 2]} tokens "
+        f"(median; longest {lengths[-1]}), one shared system policy; {options.rounds} rounds"
+    )
+
+
+def print_rates(entries: Sequence[Contestant], rates: dict[str, list[float]]) -> None:
+    width = max(len(entry.name) for entry in entries)
+    print(f"\n{'cases/s':<{width}}  median  rounds")
+    for entry in entries:
+        rounds = "  ".join(f"{rate:.1f}" for rate in rates[entry.name])
+        print(f"{entry.name:<{width}}  {statistics.median(rates[entry.name]):6.1f}  {rounds}")
+    print()
+    for entry in entries:
+        if entry.rival:
+            pairs = zip(rates[entry.name], rates[entry.rival], strict=True)
+            ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+            verdict = "reached" if ratio >= entry.bar else "NOT reached"
+            print(f"{entry.name} / {entry.rival}: {ratio:.2f}x (bar {entry.bar}x {verdict})")
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""From a run directory to an ordinary model's weights: LoRA merged, gates folded, rows added."""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from so8t_eval.backends.hf_tokenizer import HfTokenizer
+from so8t_eval.errors import ExportError, ModelFileError
+from so8t_train.base_model import load_tokenizer, resolve_base
+from so8t_train.base_weights import (
+    EMBEDDING,
+    OUTPUT,
+    BaseWeights,
+    dequant8,
+    linear_names,
+    read_base_weights,
+)
+from so8t_train.fold import LoraPair, calibrated_rows, composed_rotations, folded_weights
+from so8t_train.gate_installation import ATTENTION_NAMES, LAYER_LIST_NAMES, PROJECTION_NAMES
+from so8t_train.gguf_tokenizer import tokenizer_from_gguf
+from so8t_train.run_dir import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    SAFETY_TENSORS,
+    RunManifest,
+    read_manifest,
+    read_tensors,
+)
+from so8t_train.safety_model import GateTensors
+
+MergeBase: TypeAlias = Literal["original", "dequant8"]
+_LORA_KEY: Final = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_GATED: Final = re.compile(
+    rf".*\b(?:{'|'.join(LAYER_LIST_NAMES)})\.(\d+)\."
+    rf"(?:{'|'.join(ATTENTION_NAMES)})\.(?:{'|'.join(PROJECTION_NAMES)})"
+)
+_UNSUPPORTED: Final = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+
+
+class Adapter(NamedTuple):
+    """What training left: LoRA factors by module name with their scale, generators, verdict rows.
+
+    ``verdict_input_rows`` is None for tied embeddings, ``gates`` for runs without gates.
+    """
+
+    lora: dict[str, LoraPair]
+    scale: float
+    gates: GateTensors | None
+    verdict_rows: Tensor
+    verdict_input_rows: Tensor | None
+
+
+class OpenRun(NamedTuple):
+    """A verified run with its base and adapter in memory."""
+
+    directory: Path
+    manifest: RunManifest
+    base: BaseWeights
+    adapter: Adapter
+    tokenizer: HfTokenizer
+
+    @property
+    def verdict_ids(self) -> tuple[int, int, int]:
+        """Ids of the verdict tokens in severity order."""
+        first = self.base.vocab_size
+        return first, first + 1, first + 2
+
+    @property
+    def adapter_sha256(self) -> str:
+        """SHA-256 (hex) over names and hashes of all parts: LoRA, its config, gates and rows."""
+        digest = hashlib.sha256()
+        for name, part in sorted(self.manifest.sha256.items()):
+            digest.update(f"{name}\0{part}\0".encode())
+        return digest.hexdigest()
+
+    @property
+    def gated_modules(self) -> list[str]:
+        """Names of the attention output projections in layer order; empty without gates."""
+        return gated_modules(self.base) if self.adapter.gates is not None else []
+
+
+def open_run(directory: Path) -> OpenRun:
+    """Verify every part of a run by hash and read it, with its base model.
+
+    Raises:
+        ModelFileError: a part or the base is missing or altered, naming the file.
+        ExportError: the adapter does not fit the base.
+    """
+    manifest = read_manifest(directory)
+    source = resolve_base(manifest.base_model)
+    if source.sha256 != manifest.base_sha256:
+        raise ModelFileError(
+            f"{source.path}: expected the base the run was trained on (sha256 "
+            f"{manifest.base_sha256[:12]}…), found {source.sha256[:12]}…; use the original files"
+        )
+    base = read_base_weights(source)
+    tokenizer = load_tokenizer(source) if base.reader is None else tokenizer_from_gguf(base.reader)
+    if tokenizer.protocol.hash != manifest.protocol_hash:
+        raise ModelFileError(
+            f"{directory}: expected verdict protocol {manifest.protocol_hash[:12]}…, found "
+            f"{tokenizer.protocol.hash[:12]}…; use the SO8T version that trained it"
+        )
+    adapter = _read_adapter(directory)
+    _check_fit(directory, base, adapter)
+    return OpenRun(directory, manifest, base, adapter, tokenizer)
+
+
+def merged_weights(run: OpenRun, merge_base: MergeBase) -> dict[str, Tensor]:
+    """Float32 weights by Hugging Face name of the ordinary model that the run amounts to.
+
+    The vocabulary has three more rows than the base's. Tied models have no ``lm_head.weight``: the
+    temperature is then in the embedding rows of the verdicts too (see ``calibrated_rows``).
+    """
+    merged = base_weights(run.base, merge_base)
+    adapter = run.adapter
+    rotations: dict[str, Tensor] = {}
+    if adapter.gates is not None:
+        composed = composed_rotations(adapter.gates.safe, adapter.gates.command)
+        rotations = dict(zip(run.gated_modules, composed, strict=True))
+    for name, weight in folded_weights(merged, adapter.lora, adapter.scale, rotations):
+        merged[name] = weight.float()
+    output_rows = calibrated_rows(adapter.verdict_rows, run.manifest.temperature).float()
+    input_rows = adapter.verdict_input_rows
+    merged[EMBEDDING] = torch.cat(
+        [merged[EMBEDDING], output_rows if input_rows is None else input_rows.float()]
+    )
+    if not run.base.tied:
+        merged[OUTPUT] = torch.cat([merged[OUTPUT], output_rows])
+    return merged
+
+
+def base_weights(base: BaseWeights, merge_base: MergeBase) -> dict[str, Tensor]:
+    """The weights an adapter is merged into: the float ones, or the 8-bit ones of training."""
+    weights = dict(base.weights)
+    if merge_base == "dequant8":
+        for module in linear_names(base):
+            weights[f"{module}.weight"] = dequant8(weights[f"{module}.weight"])
+    return weights
+
+
+def gated_modules(base: BaseWeights) -> list[str]:
+    """Attention output projections of every decoder layer, in layer order."""
+    found: dict[int, str] = {}
+    for module in linear_names(base):
+        match = _GATED.fullmatch(module)
+        if match is not None:
+            found[int(match[1])] = module
+    return [found[layer] for layer in sorted(found)]
+
+
+def _read_adapter(directory: Path) -> Adapter:
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(directory / ADAPTER_TENSORS).items():
+        match = _LORA_KEY.fullmatch(key)
+        if match is None:
+            raise ExportError(f"{directory / ADAPTER_TENSORS}: expected LoRA tensors, found {key}")
+        factors.setdefault(match[1], {})[match[2]] = tensor
+    for module, pair in factors.items():
+        if set(pair) != {"A", "B"}:
+            raise ExportError(
+                f"{directory / ADAPTER_TENSORS}: {module}: expected lora_A and lora_B, found only "
+                f"lora_{next(iter(pair))}"
+            )
+    safety = read_tensors(directory / SAFETY_TENSORS)
+    gates = (
+        GateTensors(safety["safe_generators"], safety["command_generators"])
+        if "safe_generators" in safety
+        else None
+    )
+    return Adapter(
+        lora={module: LoraPair(pair["A"], pair["B"]) for module, pair in factors.items()},
+        scale=_lora_scale(directory / ADAPTER_CONFIG),
+        gates=gates,
+        verdict_rows=safety["verdict_rows"],
+        verdict_input_rows=safety.get("verdict_input_rows"),
+    )
+
+
+def _lora_scale(path: Path) -> float:
+    """alpha / r, or alpha / √r for rank-stabilized LoRA (Kalajdzievski, arXiv:2312.03732)."""
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    used = [key for key in _UNSUPPORTED if config.get(key)]
+    if used:
+        raise ExportError(f"{path}: {', '.join(used)} cannot be merged; train with plain LoRA")
+    rank = float(config["r"])
+    return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_fit(directory: Path, base: BaseWeights, adapter: Adapter) -> None:
+    for module, pair in adapter.lora.items():
+        weight = base.weights.get(f"{module}.weight")
+        shape = (pair.b.shape[0], pair.a.shape[1])
+        if weight is None or tuple(weight.shape) != shape:
+            found = "no such weight" if weight is None else f"{tuple(weight.shape)}"
+            raise ExportError(
+                f"{directory / ADAPTER_TENSORS}: {module}: expected a base weight of shape "
+                f"{shape}, found {found}"
+            )
+    if (adapter.verdict_input_rows is None) != base.tied:
+        raise ExportError(
+            f"{directory / SAFETY_TENSORS}: verdict_input_rows belong to untied embeddings only, "
+            f"and the base's are {'tied' if base.tied else 'untied'}"
+        )
+    if adapter.gates is not None and len(gated_modules(base)) != len(adapter.gates.safe):
+        raise ExportError(
+            f"{directory / SAFETY_TENSORS}: expected gates for {len(gated_modules(base))} layers, "
+            f"found {len(adapter.gates.safe)}"
+        )

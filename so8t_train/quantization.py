@@ -1,0 +1,110 @@
+"""Quantize a float GGUF file with llama.cpp's own quantizer."""
+
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import llama_cpp.llama_cpp as c_api
+
+from so8t_eval.backends.llamacpp_context import mute_logs
+from so8t_eval.errors import DiskError, ExportError, UsageError
+from so8t_train.gguf_export import disk_error
+
+_GGML_TYPE_Q8_0: Final = 8
+_LEAST_FREE_BYTES: Final = 1 << 20
+
+
+class QuantFormat(NamedTuple):
+    """A quantization: its name on the command line and in file names, and llama.cpp's number.
+
+    ``rows_at_q8`` keeps embedding and output matrices at Q8_0, where llama.cpp alone would choose
+    six bits: the three verdict rows lie there, and with tied embeddings nowhere else.
+    """
+
+    name: str
+    label: str
+    file_type: int
+    rows_at_q8: bool = False
+
+
+FORMATS: Final = {
+    item.name: item
+    for item in (
+        QuantFormat("f32", "F32", 0),
+        QuantFormat("f16", "F16", 1),
+        QuantFormat("bf16", "BF16", 32),
+        QuantFormat("q8_0", "Q8_0", 7),
+        QuantFormat("q6_k", "Q6_K", 18, rows_at_q8=True),
+        QuantFormat("q5_k_m", "Q5_K_M", 17, rows_at_q8=True),
+        QuantFormat("q4_k_m", "Q4_K_M", 15, rows_at_q8=True),
+        QuantFormat("q4_0", "Q4_0", 2, rows_at_q8=True),
+    )
+}
+FLOAT_FORMATS: Final = ("f32", "f16", "bf16")
+
+
+def parse_quants(text: str) -> list[QuantFormat]:
+    """The formats that ``--quant f16,q8_0`` names, in that order.
+
+    Raises:
+        UsageError: an unknown or repeated name, or none.
+    """
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in FORMATS:
+            raise UsageError(f"--quant: expected names among {', '.join(FORMATS)}, found {name!r}")
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"--quant: expected different names, comma-separated, found {text!r}")
+    return [FORMATS[name] for name in names]
+
+
+def quantize_gguf(source: Path, target: Path, quant: QuantFormat, threads: int) -> None:
+    """Write ``source`` (F16, BF16 or F32) to ``target`` in another format; metadata are kept.
+
+    Raises:
+        DiskError: no room for the file; what was written is removed.
+        ExportError: llama.cpp cannot quantize it, with its reason.
+    """
+    parameters = c_api.llama_model_quantize_default_params()
+    parameters.nthread = threads
+    parameters.ftype = quant.file_type
+    if quant.rows_at_q8:
+        parameters.token_embedding_type = parameters.output_tensor_type = _GGML_TYPE_Q8_0
+    with _collected_log() as log:
+        code = c_api.llama_model_quantize(
+            os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)
+        )
+    if code == 0:
+        return
+    target.unlink(missing_ok=True)
+    reason = _reason("".join(log))
+    # llama.cpp tells of a failed write only as "iostream error", without the system's reason.
+    if "iostream error" in reason or shutil.disk_usage(target.parent).free < _LEAST_FREE_BYTES:
+        raise DiskError(str(disk_error(target, OSError(errno.ENOSPC, "no room to write the file"))))
+    raise ExportError(f"llama.cpp cannot quantize {source.name} to {quant.label}: {reason}")
+
+
+@contextmanager
+def _collected_log() -> Iterator[list[str]]:
+    lines: list[str] = []
+
+    @c_api.llama_log_callback  # type: ignore[untyped-decorator]
+    def collect(_level: int, text: bytes, _data: object) -> None:
+        lines.append(text.decode("utf-8", "replace"))
+
+    c_api.llama_log_set(collect, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        mute_logs()
+
+
+def _reason(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower() or "fail" in line.lower()]
+    return (telling or lines or ["no reason given"])[-1]
