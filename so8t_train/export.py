@@ -36,7 +36,7 @@ from so8t_train.certification import (
     measure_variants,
     weight_evidence,
 )
-from so8t_train.export_staging import check_target, staged
+from so8t_train.export_staging import check_target, staged, temporary_sibling
 from so8t_train.gguf_export import FloatKind, check_gguf_base, fits_f16, write_gguf
 from so8t_train.gguf_metadata import So8tMetadata
 from so8t_train.hf_export import WEIGHTS, write_hf_directory
@@ -133,15 +133,15 @@ def export_reference_gguf(run_directory: Path, out_path: Path, quant: str = "q8_
     evidence = weight_evidence(run, merged, merge_base, Tolerances())
     _raise_failed(failures(evidence.checks), None)
     chosen = parse_quants(quant)[0]
-    with staged(out_path.with_name(f"{out_path.name}.d")) as stage:
-        source = stage / out_path.name
+    with temporary_sibling(out_path) as stage:
+        written = stage / out_path.name
         if chosen.name in _FLOAT_KINDS:
-            write_gguf(source, run, merged, _FLOAT_KINDS[chosen.name], facts_of(run))
+            write_gguf(written, run, merged, _FLOAT_KINDS[chosen.name], facts_of(run))
         else:
             wide = stage / "float.gguf"
             write_gguf(wide, run, merged, "f16" if fits_f16(merged) else "f32", facts_of(run))
-            quantize_gguf(wide, source, chosen, default_threads())
-        source.replace(out_path)
+            quantize_gguf(wide, written, chosen, default_threads())
+        written.replace(out_path)
     return out_path
 
 

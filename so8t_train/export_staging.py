@@ -35,7 +35,23 @@ def staged(directory: Path) -> Iterator[Path]:
     Raises:
         DiskError: the directory cannot be made or put in place.
     """
-    target = directory.absolute()
+    with temporary_sibling(directory) as stage:
+        yield stage
+        try:
+            _clear(directory)
+            stage.replace(directory.absolute())
+        except OSError as error:
+            raise disk_error(directory, error) from error
+
+
+@contextmanager
+def temporary_sibling(path: Path) -> Iterator[Path]:
+    """Yield a new directory beside ``path``, on the same file system, and remove it afterwards.
+
+    Raises:
+        DiskError: it cannot be made.
+    """
+    target = path.absolute()
     stage = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         stage.mkdir(parents=True)
@@ -43,11 +59,6 @@ def staged(directory: Path) -> Iterator[Path]:
         raise disk_error(stage, error) from error
     try:
         yield stage
-        try:
-            _clear(target)
-            stage.replace(target)
-        except OSError as error:
-            raise disk_error(target, error) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

