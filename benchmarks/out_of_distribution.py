@@ -19,7 +19,7 @@ from rich.table import Table
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from so8t_eval.backends.base import Backend, Logits
-from so8t_eval.backends.registry import open_backend, parse_model
+from so8t_eval.backends.registry import open_backend
 from so8t_eval.cases import Case
 from so8t_eval.intervals import bootstrap
 from so8t_eval.judgement import Judgement, judge_windows

@@ -29,7 +29,7 @@ def main(pytest_arguments: Sequence[str]) -> int:
     """Run all steps, say how long each took, and return 1 if any failed."""
     failed = []
     for name, command in steps(pytest_arguments).items():
-        print(f"== {name}: {' '.join(command[1:])}", flush=True)
+        print(f"== {name}: {Path(command[0]).name} {' '.join(command[1:])}", flush=True)
         started = time.monotonic()
         code = subprocess.run(command, cwd=ROOT, check=False).returncode
         print(f"== {name}: {time.monotonic() - started:.0f} s, exit code {code}", flush=True)

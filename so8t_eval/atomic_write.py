@@ -29,7 +29,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         temporary.chmod(0o644)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError as error:
         raise DiskError(f"cannot write {target}: {error.strerror or error}") from error
     finally:

@@ -123,8 +123,11 @@ def load_cases(path: Path | str) -> list[Case]:
         case = _parse_case(source, number, line)
         if case.id in first_line_of:
             raise CaseFileError(
-                source, number, "id", f"duplicate id {case.id!r}, first used on line "
-                f"{first_line_of[case.id]}; ids must be unique"
+                source,
+                number,
+                "id",
+                f"duplicate id {case.id!r}, first used on line "
+                f"{first_line_of[case.id]}; ids must be unique",
             )
         first_line_of[case.id] = number
         cases.append(case)
@@ -137,7 +140,9 @@ def _lines(source: Path) -> Iterator[tuple[int, str]]:
     try:
         raw = source.read_bytes()
     except FileNotFoundError as error:
-        raise CaseFileError(source, None, None, "no such file; give the path of a JSONL file") from error
+        raise CaseFileError(
+            source, None, None, "no such file; give the path of a JSONL file"
+        ) from error
     except OSError as error:
         raise CaseFileError(source, None, None, f"cannot be read: {error.strerror}") from error
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -147,8 +152,11 @@ def _lines(source: Path) -> Iterator[tuple[int, str]]:
             yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise CaseFileError(
-                source, number, None, f"not UTF-8 (byte 0x{line[error.start]:02x} at column "
-                f"{error.start + 1}); save the file as UTF-8"
+                source,
+                number,
+                None,
+                f"not UTF-8 (byte 0x{line[error.start]:02x} at column "
+                f"{error.start + 1}); save the file as UTF-8",
             ) from error
 
 
@@ -168,7 +176,9 @@ def _parse_case(source: Path, number: int, line: str) -> Case:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or None
-        raise CaseFileError(source, number, field, describe(first["type"], first["msg"], first["input"])) from error
+        raise CaseFileError(
+            source, number, field, describe(first["type"], first["msg"], first["input"])
+        ) from error
 
 
 def describe(kind: str, message: str, found: object) -> str:
@@ -191,14 +201,18 @@ def parse_messages(value: object, where: str) -> tuple[Message, ...]:
         UsageError: the value is not such a list or cannot be judged; ``where`` names its origin.
     """
     if not isinstance(value, list):
-        raise UsageError(f"{where}: expected a list of {{role, content}}, found {type(value).__name__}")
+        raise UsageError(
+            f"{where}: expected a list of {{role, content}}, found {type(value).__name__}"
+        )
     try:
         messages = tuple(Message.model_validate(item) for item in value)
         check_conversation(messages)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"{where}: {field}: {describe(first['type'], first['msg'], first['input'])}") from error
+        raise UsageError(
+            f"{where}: {field}: {describe(first['type'], first['msg'], first['input'])}"
+        ) from error
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from error
     return messages

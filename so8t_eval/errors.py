@@ -48,7 +48,7 @@ class DiskError(So8tError):
     """Reading or writing a file failed (disk full, permissions)."""
 
 
-class Interrupted(So8tError):
+class Interrupted(So8tError):  # noqa: N818 - an interrupt is no error
     """The user stopped the command; the text says how to resume."""
 
     exit_code = 130

@@ -1,4 +1,4 @@
-"""The three verdicts, their order of severity, their tokens, and the categories of the label policy."""
+"""The three verdicts, their severity, their tokens, and the categories of the label policy."""
 
 from enum import Enum
 from typing import Final

@@ -35,10 +35,14 @@ class Tolerances(_Entry):
     fold_probability: float = 1e-4
     """Largest verdict-probability difference between gated and merged model."""
     mean_probability: dict[str, float] = {
-        "F32": 1e-4, "F16": 2e-3, "BF16": 1e-2, "Q8_0": 1e-2, "Q6_K": 2e-2,
-        "Q5_K_M": 4e-2, "Q4_K_M": 8e-2, "Q4_0": 0.12,
+        "F32": 1e-4, "F16": 2e-3, "BF16": 1e-2, "Q8_0": 3e-2, "Q6_K": 4e-2,
+        "Q5_K_M": 6e-2, "Q4_K_M": 0.12, "Q4_0": 0.15,
     }  # fmt: skip
-    """Mean verdict-probability difference of a file from the float model."""
+    """Mean verdict-probability difference of a file from the float model.
+
+    About twice what the reference model measures (F16 0.0007, Q8_0 0.015, Q4_K_M 0.059 on 60 dev
+    cases); llama.cpp rounds activations to 8 bits as well in quantized layers.
+    """
     max_probability: dict[str, float] = {"F32": 1e-3, "F16": 2e-2}
     """Largest such difference on one case, for formats that must agree case by case."""
 

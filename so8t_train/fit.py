@@ -109,7 +109,7 @@ def fit(config: FitConfig, *, resume: bool, reporter: FitReporter) -> FitResult:
     save_run(directory, model, tokenizer, source, config, training)
     from so8t_train.model_card import write_model_card
 
-    write_model_card(directory)
+    write_model_card(directory, config.train_file, config.dev_file)
     return FitResult(directory, trainer.step, seconds, result, model.temperature)
 
 

@@ -31,6 +31,7 @@ _SETTINGS: Final = (
     ("rotation_gates", "SO(8) rotation gates"),
     ("safety_loss_weight", "λ safety"),
     ("task_loss_weight", "λ task"),
+    ("task_loss_share", "Share of the replies learned per epoch"),
     ("pet_weight", "λ PET"),
     ("learning_rate", "Learning rate (LoRA, R_cmd)"),
     ("safety_learning_rate", "Safety learning rate (R_safe, verdict rows)"),
@@ -59,8 +60,15 @@ class _DataFile(NamedTuple):
     cases: list[Case] | None
 
 
-def write_model_card(directory: Path) -> None:
-    """Write ``README.md`` into a run directory from its manifest and logs.
+def write_model_card(
+    directory: Path,
+    train_files: Sequence[Path] | None = None,
+    dev_files: Sequence[Path] | None = None,
+) -> None:
+    """Write ``README.md`` into a run directory from its manifest, its logs and its case files.
+
+    The manifest knows case files by name alone; without ``train_files`` and ``dev_files`` they are
+    looked for in the working directory.
 
     A figure that the run did not record is shown as "not recorded", never guessed.
 
@@ -68,18 +76,22 @@ def write_model_card(directory: Path) -> None:
         ModelFileError: ``so8t.json`` is missing or not a JSON object.
         DiskError: the card cannot be written.
     """
-    atomic_write_text(directory / CARD, render_model_card(directory))
+    atomic_write_text(directory / CARD, render_model_card(directory, train_files, dev_files))
 
 
-def render_model_card(directory: Path) -> str:
+def render_model_card(
+    directory: Path,
+    train_files: Sequence[Path] | None = None,
+    dev_files: Sequence[Path] | None = None,
+) -> str:
     """Return the Markdown text of a run directory's model card.
 
     Raises:
         ModelFileError: ``so8t.json`` is missing or not a JSON object.
     """
     facts = _read_facts(directory)
-    train = _data_files(facts.config.get("train_file"))
-    dev = _data_files(facts.config.get("dev_file"))
+    train = _data_files(facts.config.get("train_file") if train_files is None else train_files)
+    dev = _data_files(facts.config.get("dev_file") if dev_files is None else dev_files)
     parts = (
         _front_matter(facts, train),
         _introduction(facts),
@@ -317,7 +329,7 @@ def _json_lines(path: Path) -> list[dict[str, object]]:
 
 def _data_files(value: object) -> list[_DataFile]:
     files = []
-    for item in value if isinstance(value, list) else ():
+    for item in value if isinstance(value, list | tuple) else ():
         path = Path(str(item))
         try:
             files.append(_DataFile(path.name, file_sha256(path), load_cases(path)))

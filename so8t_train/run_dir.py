@@ -87,7 +87,7 @@ def save_run(  # noqa: PLR0917 - everything a run consists of
         base_sha256=source.sha256,
         temperature=model.temperature,
         sha256={name: file_sha256(directory / name) for name in PARTS if name != MANIFEST},
-        config=config,
+        config=_without_paths(config),
         versions=package_versions(),
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         training=training,
@@ -212,6 +212,18 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return versions
+
+
+def _without_paths(config: FitConfig) -> FitConfig:
+    """File names alone: a run is copied and published, and other machines have other folders."""
+    return config.model_copy(
+        update={
+            "train_file": tuple(Path(file.name) for file in config.train_file),
+            "dev_file": tuple(Path(file.name) for file in config.dev_file),
+            "output_dir": Path(config.output_dir.name),
+            "offload_folder": None,
+        }
+    )
 
 
 def _load_parts(directory: Path, model: SafetyModel) -> None:

@@ -88,7 +88,9 @@ def compare(options: argparse.Namespace, batch: str, checkpointing: str) -> None
         for worker, results in found.items():
             results.append(run_worker(options, worker, batch, checkpointing))
     names = {"plain": "HF Trainer + PEFT", "so8t": "SO8T trainer"}
-    print(f"\nbatch {batch} (cases per forward x accumulation), gradient checkpointing {checkpointing}")
+    print(
+        f"\nbatch {batch} (cases per forward x accumulation), gradient checkpointing {checkpointing}"
+    )
     for worker, results in found.items():
         rates = [result.rate for result in results]
         memory = statistics.median(result.peak_rss_gib for result in results)

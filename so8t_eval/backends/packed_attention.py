@@ -43,7 +43,7 @@ class PackLayout(NamedTuple):
     spans: tuple[Span, ...]
 
 
-def packed_attention(
+def packed_attention(  # noqa: PLR0917 - transformers calls it by position
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -87,7 +87,7 @@ def packed_attention(
     return joined.transpose(1, 2).contiguous(), None
 
 
-def _span_attention(
+def _span_attention(  # noqa: PLR0917
     query: Tensor,
     key: Tensor,
     value: Tensor,

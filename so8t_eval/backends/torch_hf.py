@@ -96,7 +96,10 @@ def read_model_facts(directory: Path) -> ModelFacts:
             f"{directory} has no {MODEL_FACTS}: it is not a model with a verdict head; give a "
             "directory written by so8t-train export --format hf, or a run directory"
         )
-    wanted = {"config.json": directory / "config.json", "tokenizer.json": directory / "tokenizer.json"}
+    wanted = {
+        "config.json": directory / "config.json",
+        "tokenizer.json": directory / "tokenizer.json",
+    }
     missing = [name for name, file in wanted.items() if not file.is_file()]
     if not any(directory.glob("*.safetensors")):
         missing.append("*.safetensors (pickled weights are not read)")

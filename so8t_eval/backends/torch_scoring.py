@@ -20,6 +20,8 @@ from so8t_eval.backends.packed_row import lay_out_row
 from so8t_eval.backends.prefix_batches import Ids, plan_batches, shared_length
 from so8t_eval.errors import BackendError
 
+__all__ = ["DecoderParts", "TorchVerdictScorer", "torch"]
+
 MAX_PROMPTS_PER_ROW: Final = 256
 
 

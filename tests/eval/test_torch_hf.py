@@ -258,7 +258,9 @@ def test_broken_directory_says_what_to_do(
 
 def test_verdict_ids_must_be_those_of_the_tokenizer(tmp_path: Path) -> None:
     path = make_tiny_export(tmp_path / "m", verdict_token_ids=[450, 449, 448])
-    with pytest.raises(ModelFileError, match=r"expected verdict token .* at id 450, found it at 448"):
+    with pytest.raises(
+        ModelFileError, match=r"expected verdict token .* at id 450, found it at 448"
+    ):
         open_hf_dir(path)
 
 

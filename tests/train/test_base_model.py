@@ -135,9 +135,7 @@ def test_unknown_architecture_is_refused(tiny_llama: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "chat_template.jinja"])
-def test_missing_tokenizer_parts_are_named(
-    missing: str, tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_missing_tokenizer_parts_are_named(missing: str, tiny_llama: Path, tmp_path: Path) -> None:
     directory = copied(tiny_llama, tmp_path / "model")
     (directory / missing).unlink()
     with pytest.raises(ModelFileError, match=missing.replace(".", r"\.")):

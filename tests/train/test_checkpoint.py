@@ -166,7 +166,7 @@ def test_full_disk_is_reported_and_leaves_the_older_checkpoint(tmp_path: Path) -
     save_checkpoint(tmp_path, checkpoint(1), keep=1)
     with (
         files_limited_to(64 * 1024),
-        pytest.raises(DiskError, match="cannot write the checkpoint .*step-000002"),
+        pytest.raises(DiskError, match=r"cannot write the checkpoint .*step-000002"),
     ):
         save_checkpoint(tmp_path, checkpoint(2, size=300), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]

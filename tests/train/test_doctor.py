@@ -105,6 +105,7 @@ def test_a_broken_bitsandbytes_leaves_the_other_answers(
     assert "load_in_8bit: false" in broken.remedy
 
 
+@pytest.mark.slow
 def test_doctor_reports_this_machine_as_json() -> None:
     command = [sys.executable, "-m", "so8t_train.cli", "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -33,7 +33,7 @@ SETTINGS = {
 WEIGHT_FILES = (ADAPTER_TENSORS, SAFETY_TENSORS)
 
 
-class Stopped(RuntimeError):
+class StoppedError(RuntimeError):
     """Stands for the process being killed inside a step's report."""
 
 
@@ -51,9 +51,9 @@ def killed_after(config: FitConfig, step: int) -> None:
 
     def on_step(report: object, _memory: float) -> None:
         if getattr(report, "step", 0) == step:
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         fit(config, resume=False, reporter=FitReporter(QUIET.news, on_step))
 
 
@@ -103,9 +103,9 @@ def test_interrupted_and_resumed_fit_is_bit_identical(
     assert weight_bytes(config.output_dir) == weight_bytes(whole.output_dir)
     for name in (TRAIN_LOG, MEMORY_LOG):
         assert logged_steps(config.output_dir, name) == list(range(1, STEPS + 1))
-    assert read_manifest(config.output_dir).temperature == read_manifest(
-        whole.output_dir
-    ).temperature
+    assert (
+        read_manifest(config.output_dir).temperature == read_manifest(whole.output_dir).temperature
+    )
 
 
 def test_killed_fit_resumes_from_its_last_checkpoint(whole: FitConfig, tmp_path: Path) -> None:
@@ -139,9 +139,9 @@ def test_killed_while_the_last_checkpoint_was_reported_only_saves(
 
     def news(text: str) -> None:
         if text.startswith("calibrating"):
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         fit(config, resume=False, reporter=FitReporter(news, QUIET.on_step))
 
     def on_step(report: object, _memory: float) -> None:

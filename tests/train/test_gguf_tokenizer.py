@@ -154,8 +154,6 @@ Change = Callable[[Path], Path]
         (lambda path: write_vocabulary_gguf(path, without="a type"), "one token type per token"),
     ],
 )
-def test_unsupported_vocabularies_are_refused(
-    change: Change, problem: str, tmp_path: Path
-) -> None:
+def test_unsupported_vocabularies_are_refused(change: Change, problem: str, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=problem):
         tokenizer_from_gguf(open_gguf(change(tmp_path / "vocabulary.gguf")))

@@ -150,9 +150,7 @@ def test_verdict_loss_reaches_every_verdict_row(setup: Setup) -> None:
     model = setup.model
     model.zero_grad()
     packed = pack(setup.prompts, CPU)
-    safety_loss(
-        model, packed, label_smoothing=0, with_temporal=False
-    ).cross_entropy_sum.backward()
+    safety_loss(model, packed, label_smoothing=0, with_temporal=False).cross_entropy_sum.backward()
     assert model.verdict_rows.grad is not None
     assert bool((model.verdict_rows.grad.abs().amax(dim=1) > 0).all())
 
@@ -175,9 +173,7 @@ def test_temporal_term_is_the_mean_penalty_of_the_gated_outputs(setup: Setup) ->
 
 
 @given(smoothing=st.floats(0, 0.49), seed=st.integers(0, 999))
-def test_smoothing_is_cross_entropy_against_a_softened_target(
-    smoothing: float, seed: int
-) -> None:
+def test_smoothing_is_cross_entropy_against_a_softened_target(smoothing: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(4, 11, generator=generator)
     targets, verdict_ids = torch.tensor([8, 9, 10, 8]), (8, 9, 10)

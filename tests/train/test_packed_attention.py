@@ -149,9 +149,7 @@ def test_gradients_equal_those_of_separate_passes(pair: tuple[nn.Module, nn.Modu
     for item in ITEMS:
         weights = torch.full((len(item.targets),), item.weight)
         loss(separate_logits(stock, item), item.targets, weights).backward()
-    for (name, expected), found in zip(
-        stock.named_parameters(), packing.parameters(), strict=True
-    ):
+    for (name, expected), found in zip(stock.named_parameters(), packing.parameters(), strict=True):
         assert expected.grad is not None
         assert found.grad is not None
         torch.testing.assert_close(
@@ -173,7 +171,7 @@ def test_architecture_with_fixed_attention_is_refused() -> None:
     bloom = transformers.AutoModelForCausalLM.from_config(
         transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
     )
-    with pytest.raises(ConfigError, match="BloomForCausalLM .* cannot be packed"):
+    with pytest.raises(ConfigError, match=r"BloomForCausalLM .* cannot be packed"):
         use_packed_attention(bloom)
 
 

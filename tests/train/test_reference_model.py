@@ -171,6 +171,7 @@ def test_cache_directory_is_the_users_unless_chosen(
     assert cache_directory().name == "so8t"
 
 
+@pytest.mark.slow
 def test_the_shipped_adapter_is_offered_in_both_runtimes(cache: Path) -> None:
     torch_model, gguf_model = prepare_reference_model(News())
     prefix, _, directory = torch_model.partition(":")

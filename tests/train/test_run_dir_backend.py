@@ -122,7 +122,7 @@ def test_reply_starts_after_the_verdict(run_directory: Path) -> None:
                 logits = model.vocabulary_logits(states[0, -1:])[0]
                 logits[list(model.verdict_ids)] = -torch.inf
                 row.append(int(logits.argmax()))
-        answer = [token for token in row[len(ids) + 1 :]]
+        answer = list(row[len(ids) + 1 :])
         ended = next((i for i, token in enumerate(answer) if token < 3), len(answer))
         backend.score_single(ids)
         text = "".join(backend.reply(ids, verdict, 6))

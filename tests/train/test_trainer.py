@@ -1,5 +1,6 @@
 """The training loop: who learns from which loss, schedule, failure, determinism."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,14 +240,20 @@ def test_schedule_rises_to_one_and_falls_without_reaching_zero(
     factors = [schedule(step, total, warmup_ratio) for step in range(total)]
     peak = max(1, round(total * warmup_ratio)) - 1
     assert factors[min(peak, total - 1)] == 1
-    assert all(a < b for a, b in zip(factors[:peak], factors[1 : peak + 1], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(factors[: peak + 1]))
     assert all(a >= b for a, b in zip(factors[peak:], factors[peak + 1 :], strict=False))
     assert all(0 < factor <= 1 for factor in factors)
 
 
 @pytest.mark.parametrize(
     ("n", "epochs", "max_steps", "expected"),
-    [(12, 2.0, None, 8), (13, 2.0, None, 10), (12, 0.5, None, 2), (12, 0.01, None, 1), (12, 9, 5, 5)],
+    [
+        (12, 2.0, None, 8),
+        (13, 2.0, None, 10),
+        (12, 0.5, None, 2),
+        (12, 0.01, None, 1),
+        (12, 9, 5, 5),
+    ],
 )
 def test_total_steps(
     n: int, epochs: float, max_steps: int | None, expected: int, tmp_path: Path
@@ -325,7 +332,10 @@ def test_another_seed_gives_other_weights(make: Make) -> None:
 
 def test_training_learns(make: Make) -> None:
     reports: list[StepReport] = []
-    run(make(max_steps=16, num_epochs=4, learning_rate=1e-2, safety_learning_rate=1e-2), reports.append)
+    run(
+        make(max_steps=16, num_epochs=4, learning_rate=1e-2, safety_learning_rate=1e-2),
+        reports.append,
+    )
     assert reports[-1].safety_loss < 0.5 * reports[0].safety_loss
 
 

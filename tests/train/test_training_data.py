@@ -142,9 +142,7 @@ def test_cases_longer_than_the_limit_are_left_out_by_id(tokenizer: HfTokenizer) 
     assert below.too_long == ["case-0000"]
 
 
-def test_fit_refuses_a_file_whose_cases_are_all_too_long(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_fit_refuses_a_file_whose_cases_are_all_too_long(tiny_llama: Path, tmp_path: Path) -> None:
     settings = fit_config(tmp_path, tiny_llama, max_length=64)
     write_cases(tmp_path / "dev.jsonl", [case_dict(i, prompt="long " * 99) for i in range(3)])
     news: list[str] = []
