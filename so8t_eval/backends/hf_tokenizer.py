@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
 
 from so8t_eval.errors import ModelFileError
 from so8t_eval.protocol import VerdictProtocol
@@ -19,18 +21,48 @@ class HfTokenizer:
         self.tokenizer = tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        self._dropped = _mark_missing_bytes(tokenizer)
         self.protocol = VerdictProtocol(chat_template, bos_token, eos_token)
 
     def tokenize(self, text: str, parse_special: bool) -> list[int]:
         """Token ids of ``text``; special tokens are recognised only when ``parse_special``."""
         self.tokenizer.encode_special_tokens = not parse_special
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        if self._dropped is None or self._dropped not in ids:
+            return ids
+        written = self.tokenizer.id_to_token(self._dropped) if parse_special else None
+        return [
+            token
+            for token, (start, stop) in zip(ids, encoding.offsets, strict=True)
+            if token != self._dropped or text[start:stop] == written
+        ]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids`` without special tokens."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+
+def _mark_missing_bytes(tokenizer: Tokenizer) -> int | None:
+    """Treat bytes that have no token as llama.cpp does: no id, and nothing merges across them.
+
+    Some byte-level vocabularies lack a few control characters. Without an unknown token the library
+    drops such a byte *before* merging, so its neighbours could join; with one, it keeps its place.
+    Returns the id that then stands for "no token", None where every byte has one.
+    """
+    if not isinstance(tokenizer.model, BPE) or not isinstance(tokenizer.decoder, ByteLevel):
+        return None
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if all(tokenizer.token_to_id(letter) is not None for letter in alphabet):
+        return None
+    special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    if not special:
+        return None
+    # Only a template piece that spells a special token yields it, so its id is free for the rest.
+    tokenizer.model.unk_token = tokenizer.id_to_token(min(special))
+    tokenizer.model.fuse_unk = False
+    return min(special)
 
 
 def load_hf_tokenizer(directory: Path) -> HfTokenizer:

@@ -104,16 +104,24 @@ def test_a_tied_temperature_keeps_the_rows_mean(tmp_path: Path) -> None:
 
 
 def test_smollm2_in_every_form(tmp_path: Path) -> None:
-    """The embedded base, from its Q4_1 GGUF; tolerances as the certificate's own, and tighter."""
-    run = make_run(tmp_path / "run", EMBEDDED, rotation_std=0.3, lora_std=0.01)
-    options = ExportOptions(quants="f16", calibration=calibration_file(tmp_path, n=6), threads=1)
+    """The embedded base, from its Q4_1 GGUF, with rotations ten times what training reaches.
+
+    Random rotations of 0.3 and more scramble this model until 16-bit rounding is amplified past any
+    useful tolerance (0.02 in probability).
+    """
+    run = make_run(tmp_path / "run", EMBEDDED, rotation_std=0.03, lora_std=0.01)
+    options = ExportOptions(
+        quants="f32,f16", calibration=calibration_file(tmp_path, n=6), threads=1
+    )
     certificate = export(run, tmp_path / "out", options).certificate
     assert len(certificate.layers) == 30
-    assert min(layer.commutator_mean for layer in certificate.layers) > 0.1
+    assert min(layer.commutator_mean for layer in certificate.layers) > 1e-3
     for variant in certificate.merge_bases.values():
         assert variant.fold.max_probability_difference < 1e-4
         assert variant.fold_logit_difference < 1e-5
-    assert _differences(certificate)["F16"] < MERGED_TO_F16
+    found = _differences(certificate)
+    assert found["F32"] < MERGED_TO_F32
+    assert found["F16"] < MERGED_TO_F16
     opened = open_run(run)
     backend = LlamaCppBackend(tmp_path / "out" / "model-F16.gguf", threads=1, exact=True)
     calibration = load_calibration(tmp_path / "calibration.jsonl", 6, opened.tokenizer)
