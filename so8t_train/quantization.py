@@ -23,7 +23,10 @@ class QuantFormat(NamedTuple):
     """A quantization: its name on the command line and in file names, and llama.cpp's number.
 
     ``rows_at_q8`` keeps embedding and output matrices at Q8_0, where llama.cpp alone would choose
-    six bits: the three verdict rows lie there, and with tied embeddings nowhere else.
+    six bits: the three verdict rows lie there, and with tied embeddings nowhere else. Measured on
+    the reference model as Q4_K_M (mean verdict-probability difference on 60 dev cases): F16 0.057,
+    Q8_0 0.059, Q5_0 0.054, Q4_0 0.057. So these rows hardly matter beside the other layers' four
+    bits; Q8_0 costs a seventh more size than Q4_0 and leaves the verdict as written.
     """
 
     name: str

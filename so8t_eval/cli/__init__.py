@@ -19,6 +19,7 @@ COMMANDS: Final = {
 
 
 @click.group(
+    "so8t-eval",
     cls=LazyGroup,
     lazy_commands=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"]},

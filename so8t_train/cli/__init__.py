@@ -17,6 +17,7 @@ COMMANDS: Final = {
 
 
 @click.group(
+    "so8t-train",
     cls=LazyGroup,
     lazy_commands=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"]},
