@@ -222,9 +222,9 @@ def _check_ids(
     for case, expected in zip(calibration.cases, calibration.ids, strict=True):
         found = tokenizer.protocol.prompt_ids(case.conversation, case.policy, backend.tokenize).ids
         if found != expected:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), -1
-            )
+            pairs = zip(expected, found, strict=False)
+            shorter = min(len(expected), len(found))
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
             raise ExportError(
                 f"{file}: its tokenizer differs from the base's on case {case.id!r} at "
                 f"token {at}: verdicts would differ; export with --format hf, or use another base"

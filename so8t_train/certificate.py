@@ -41,10 +41,10 @@ class Tolerances(_Entry):
     """Mean verdict-probability difference of a file from the float model.
 
     At least 1.5 times the most that the reference model and two worse ones (a random one, one a
-    third trained) measure on 60 dev cases. The reference model: F32 1e-6, F16 7e-4, BF16 0.002, Q8_0 0.015, Q6_K 0.025,
-    Q5_K_M 0.074, Q4_K_M 0.059, Q4_0 0.090. Its rows of 576 weights do not fill K-quants' blocks of
-    256, so llama.cpp takes Q5_1 for Q5_K and Q5_0 for Q4_K; the former is the worse of the two.
-    In quantized layers llama.cpp rounds activations to 8 bits as well.
+    third trained) measure on 60 dev cases. The reference model: F32 1e-6, F16 7e-4, BF16 0.002,
+    Q8_0 0.015, Q6_K 0.025, Q5_K_M 0.074, Q4_K_M 0.059, Q4_0 0.090. Its rows of 576 weights do not
+    fill K-quants' blocks of 256, so llama.cpp takes Q5_1 for Q5_K and Q5_0 for Q4_K; the former is
+    the worse of the two. In quantized layers llama.cpp rounds activations to 8 bits as well.
     """
     max_probability: dict[str, float] = {"F32": 1e-3, "F16": 2e-2}
     """Largest such difference on one case, for formats that must agree case by case."""

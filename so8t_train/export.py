@@ -37,7 +37,13 @@ from so8t_train.certification import (
     weight_evidence,
 )
 from so8t_train.export_staging import check_target, staged, temporary_sibling
-from so8t_train.gguf_export import FloatKind, check_gguf_base, fits_f16, write_gguf
+from so8t_train.gguf_export import (
+    FloatKind,
+    check_gguf_base,
+    disk_error,
+    fits_f16,
+    write_gguf,
+)
 from so8t_train.gguf_metadata import So8tMetadata
 from so8t_train.hf_export import WEIGHTS, write_hf_directory
 from so8t_train.merged_model import MergeBase, OpenRun, merged_weights, open_run
@@ -141,7 +147,10 @@ def export_reference_gguf(run_directory: Path, out_path: Path, quant: str = "q8_
             wide = stage / "float.gguf"
             write_gguf(wide, run, merged, "f16" if fits_f16(merged) else "f32", facts_of(run))
             quantize_gguf(wide, written, chosen, default_threads())
-        written.replace(out_path)
+        try:
+            written.replace(out_path)
+        except OSError as error:
+            raise disk_error(out_path, error) from error
     return out_path
 
 

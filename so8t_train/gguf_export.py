@@ -63,7 +63,7 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.flush()
-        _sync(path)
+        sync_file(path)
     except OSError as error:
         _close(writer)
         path.unlink(missing_ok=True)
@@ -134,7 +134,8 @@ def _add_tensor(writer: GGUFWriter, name: str, tensor: Tensor, kind: FloatKind) 
         writer.add_tensor(name, quantize(values, bf16), raw_dtype=bf16)
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk, where a full one shows at the latest."""
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
 

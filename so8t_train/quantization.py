@@ -13,7 +13,7 @@ import llama_cpp.llama_cpp as c_api
 
 from so8t_eval.backends.llamacpp_context import mute_logs
 from so8t_eval.errors import DiskError, ExportError, UsageError
-from so8t_train.gguf_export import disk_error
+from so8t_train.gguf_export import disk_error, sync_file
 
 _GGML_TYPE_Q8_0: Final = 8
 _LEAST_FREE_BYTES: Final = 1 << 20
@@ -83,6 +83,10 @@ def quantize_gguf(source: Path, target: Path, quant: QuantFormat, threads: int) 
             os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)
         )
     if code == 0:
+        try:
+            sync_file(target)
+        except OSError as error:
+            raise disk_error(target, error) from error
         return
     target.unlink(missing_ok=True)
     reason = _reason("".join(log))

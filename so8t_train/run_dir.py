@@ -230,7 +230,13 @@ def _load_parts(directory: Path, model: SafetyModel) -> None:
     import peft
 
     adapter = {k: v.float() for k, v in read_tensors(directory / ADAPTER_TENSORS).items()}
-    result = peft.set_peft_model_state_dict(model.causal_lm, adapter)
+    try:
+        result = peft.set_peft_model_state_dict(model.causal_lm, adapter)
+    except RuntimeError as error:  # torch's word for tensors of another shape
+        raise ModelFileError(
+            f"{directory / ADAPTER_TENSORS} does not fit the base model and lora_r of the run: "
+            f"{error}"
+        ) from error
     lora_missing = [key for key in result.missing_keys if "lora_" in key]
     if lora_missing or result.unexpected_keys:
         raise ModelFileError(

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,21 +106,24 @@ def test_an_unfinished_one_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path:
     assert newest.step == 2
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, Path.unlink, lambda p: p.write_bytes(b"")])
-@pytest.mark.parametrize("file", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("state.safetensors", flip_a_byte),
+        ("state.safetensors", Path.unlink),
+        ("state.safetensors", lambda path: path.write_bytes(b"")),
+        ("state.json", Path.unlink),
+        ("state.json", lambda path: path.write_bytes(path.read_bytes()[:20])),
+    ],
+)
 def test_altered_file_is_detected_and_the_older_checkpoint_used(
-    file: str, damage: object, tmp_path: Path
+    file: str, damage: Callable[[Path], object], tmp_path: Path
 ) -> None:
-    assert callable(damage)
     for step in (1, 2):
         save_checkpoint(tmp_path, checkpoint(step), keep=2)
     damage(tmp_path / "step-000002" / file)
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
-    if file == "state.json" and damage is flip_a_byte:
-        # One flipped bit may still be JSON; what it says must then be detected by the hash.
-        assert newest.step in (1, 2)
-        return
     assert newest.step == 1
     assert torch.equal(newest.parameters["a.weight"], checkpoint(1).parameters["a.weight"])
 
