@@ -18,8 +18,8 @@ Every command ends with one of these exit codes:
 
 | Code | Meaning |
 | --- | --- |
-| 0 | done; for `so8t-eval gate`: passed |
-| 1 | CI gate failed, and never anything else |
+| 0 | done, and every limit held |
+| 1 | a limit does not hold (a rule of `gate`, an allowance of `attack-tokens` or `drift`) |
 | 2 | usage, configuration or case-file error; nothing ran |
 | 3 | run-time error: model file, runtime, disk, or a bug, with the reason |
 | 4 | inconclusive: no rule failed, but the data cannot tell for at least one |

@@ -43,7 +43,8 @@ class FitConfig(BaseModel):
     load_in_8bit: bool = True
     """Hold the frozen base in 8-bit (bitsandbytes LLM.int8)."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Activations' dtype. auto: bfloat16 where the processor has it, else float32."""
+    """Activations' dtype. auto: bfloat16 where the processor has it, else float32. float16 is
+    refused: its gradients underflow without loss scaling."""
     device_map: Literal["auto", "cpu", "cuda"] = "auto"
     """Where layers go; auto fills the accelerator first, then the CPU."""
     offload_folder: Path | None = None
@@ -98,6 +99,8 @@ class FitConfig(BaseModel):
     """AdamW weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradient norm at which the step is scaled down."""
+    max_loss_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 5.0
+    """Stop, exploded, when a step's loss is this many times the first step's (or ln V, if more)."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of steps with linearly rising learning rate; cosine decay to zero follows."""
     num_epochs: Positive = 2.0
@@ -119,7 +122,7 @@ class FitConfig(BaseModel):
     save_every_steps: Annotated[int, Field(ge=1)] = 100
     """Optimizer steps between checkpoints."""
     save_total_limit: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept; at 1 there is none to fall back to when the last is damaged."""
     eval_every_steps: Annotated[int, Field(ge=1)] = 50
     """Optimizer steps between dev evaluations."""
     eval_max_cases: Annotated[int, Field(ge=1)] = 120

@@ -1,19 +1,15 @@
 """From a configuration to a run directory: load, train or resume, calibrate, save."""
 
-import json
-import signal
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from so8t_eval.atomic_write import atomic_write_text
 from so8t_eval.backends.hf_tokenizer import HfTokenizer
 from so8t_eval.errors import ConfigError, DiskError
 from so8t_train.base_model import BaseModelSource, resolve_base
@@ -33,21 +29,29 @@ from so8t_train.dev_evaluation import (
     labels_of,
     summarize,
 )
-from so8t_train.memory_log import MemoryLog
+from so8t_train.emergency import saved_on_failure
 from so8t_train.operating_points import OperatingPoint, operating_points
-from so8t_train.run_dir import MANIFEST, save_run
+from so8t_train.run_dir import MANIFEST, read_manifest, save_run
 from so8t_train.safety_model import SafetyModel, build_safety_model, use_training_kernels
-from so8t_train.trainer import CHECKPOINTS, StepReport, Trainer, TrainingHooks
+from so8t_train.step_report import StepReport, TrainingHooks
+from so8t_train.stop_signals import stop_signals
+from so8t_train.trainer import CHECKPOINTS, Trainer
 from so8t_train.training_data import (
     TrainingExample,
     TrainingSet,
-    class_weights,
+    check_verdicts,
     load_training_cases,
     tokenize_cases,
+    weighted,
 )
+from so8t_train.training_log import MEMORY_LOG, TRAIN_LOG, TrainingLog
+from so8t_train.training_plan import shaping_settings
 
-TRAIN_LOG = "train_log.jsonl"
-MEMORY_LOG = "memory.jsonl"
+__all__ = ["MEMORY_LOG", "TRAIN_LOG", "FitReporter", "FitResult", "Resume", "compute_dtype", "fit"]
+
+Resume = bool | Literal["auto"]
+"""False: start. True: continue an interrupted fit. auto: whichever of the two there is to do; a
+finished fit is done."""
 
 
 class FitResult(NamedTuple):
@@ -69,17 +73,22 @@ class FitReporter(NamedTuple):
     on_step: Callable[[StepReport, float], None]
 
 
-def fit(config: FitConfig, *, resume: bool, reporter: FitReporter) -> FitResult:
+def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResult:
     """Train ``config`` into its output directory, or continue an interrupted fit there.
 
     Raises:
         ConfigError: the directory holds another or a finished run, or the data do not serve.
         Interrupted: SIGINT or SIGTERM; a resumable checkpoint was saved.
-        BackendError, DiskError: training or saving failed.
+        BackendError, DiskError: training or saving failed; an emergency checkpoint was saved if
+            there was a whole step to save.
     """
     started = time.monotonic()
+    session = secrets.token_hex(4)
     directory = config.output_dir
+    if resume == "auto" and (directory / MANIFEST).is_file():
+        return _finished(config, reporter)
     _check_directory(directory, resume)
+    _clear_leftovers(directory)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     start = _load(config, reporter)
@@ -91,26 +100,33 @@ def fit(config: FitConfig, *, resume: bool, reporter: FitReporter) -> FitResult:
         dev=dev,
         run_directory=directory,
         start_sha256=start.origin.sha256 if start.origin else start.source.sha256,
+        session=session,
     )
     before = _dev_logits(model, dev) if start.origin else None
-    resumed = trainer.resume() if resume else False
+    resumed = bool(resume) and trainer.resume(reporter.news, start_over=resume == "auto")
     _make_directory(directory)
-    logs = _Logs(directory, trainer.step, trainer.memory, config.cases_per_step)
+    logs = TrainingLog(
+        directory,
+        step=trainer.step,
+        session=session,
+        memory=trainer.memory,
+        cases=config.cases_per_step,
+    )
     if resumed:
-        reporter.news(f"resumed after step {trainer.step} of {trainer.total_steps}")
+        reporter.news(
+            f"resumed after step {trainer.step} of {trainer.total_steps} (session {session})"
+        )
 
     def on_step(report: StepReport) -> None:
         reporter.on_step(report, logs.write(report))
 
-    with _stop_signals() as stop:
+    with stop_signals() as stop, saved_on_failure(trainer, reporter.news):
         trainer.run(TrainingHooks(on_step, stop))
     reporter.news("calibrating on the dev split and saving")
     after = _dev_logits(model, dev)
     result = _calibrate(model, after, dev, hold=config.freeze == "safe")
     seconds = time.monotonic() - started
-    training = _training_summary(
-        config, trainer, seconds=logs.step_seconds, dev=result, resumed=resumed
-    )
+    training = _training_summary(config, trainer, logs, dev=result, resumed=resumed)
     moved = None
     if start.origin is not None:
         moved = movement(start.origin, model.gate_tensors(), dev, before, after)
@@ -121,6 +137,34 @@ def fit(config: FitConfig, *, resume: bool, reporter: FitReporter) -> FitResult:
 
     write_model_card(directory, config.train_file, config.dev_file)
     return FitResult(directory, trainer.step, seconds, result, model.temperature, moved)
+
+
+def _finished(config: FitConfig, reporter: FitReporter) -> FitResult:
+    """What ``fit`` returned when it finished; writes the model card if it was killed before that."""
+    directory = config.output_dir
+    manifest = read_manifest(directory)
+    theirs, ours = shaping_settings(manifest.config), shaping_settings(config)
+    if different := sorted(key for key in ours if theirs.get(key) != ours[key]):
+        raise ConfigError(
+            f"output_dir: {directory} holds a finished run with another configuration "
+            f"({', '.join(different)}); choose another output_dir, or move it away"
+        )
+    reporter.news(f"{directory} is finished; nothing to do")
+    _clear_leftovers(directory)
+    if not (directory / "README.md").is_file():
+        from so8t_train.model_card import write_model_card
+
+        write_model_card(directory, config.train_file, config.dev_file)
+    training = manifest.training
+    dev, moved = training.get("dev"), training.get("moved")
+    return FitResult(
+        directory,
+        training["steps"],
+        training["seconds"],
+        DevResult(**dev) if dev else None,
+        manifest.temperature,
+        Movement(**moved) if moved else None,
+    )
 
 
 class _Start(NamedTuple):
@@ -145,7 +189,7 @@ def _load(config: FitConfig, reporter: FitReporter) -> _Start:
         )
     manifest = check_origin(directory, source, config) if directory else None
     cases = load_training_cases(config.train_file)
-    weights = class_weights(cases, config)
+    check_verdicts(cases, config)
     dev_cases = load_training_cases(config.dev_file) if config.dev_file else []
     dtype = compute_dtype(config)
     precision = "8-bit" if config.load_in_8bit else "float"
@@ -157,22 +201,32 @@ def _load(config: FitConfig, reporter: FitReporter) -> _Start:
         held = "held" if config.freeze == "safe" else "learning"
         reporter.news(f"continuing {directory.name}, R_safe and verdict rows {held}")
     data, dev_data = (
-        tokenize_cases(split, tokenizer, model.verdict_ids, weights, config.max_length)
+        tokenize_cases(split, tokenizer, model.verdict_ids, None, config.max_length)
         for split in (cases, dev_cases)
     )
     _report_left_out("train_file", data, config.max_length, reporter)
     if dev_cases:
         _report_left_out("dev_file", dev_data, config.max_length, reporter)
-    return _Start(source, model, tokenizer, data, dev_data, origin)
+    return _Start(source, model, tokenizer, weighted(data, config), dev_data, origin)
 
 
 def compute_dtype(config: FitConfig) -> torch.dtype:
-    """The activations' dtype: as configured, or bfloat16 where the processor multiplies it."""
+    """The activations' dtype: as configured, or bfloat16 where the processor multiplies it.
+
+    Raises:
+        ConfigError: float16, in which small gradients become 0 unless the loss is scaled.
+    """
+    if config.compute_dtype == "float16":
+        raise ConfigError(
+            "compute_dtype: expected auto, bfloat16 or float32, found float16; small gradients "
+            "underflow in it, and the loss is not scaled here: choose bfloat16 or float32"
+        )
     if config.compute_dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.compute_dtype)
         return dtype
     if torch.cuda.is_available() and config.device_map != "cpu":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        capable = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if capable else torch.float32
     # The name oneDNN gives the fastest bfloat16 kernels it found; absent: emulated and slow.
     capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if capable else torch.float32
@@ -240,7 +294,13 @@ def _make_directory(directory: Path) -> None:
         raise DiskError(f"cannot create {directory}: {error.strerror or error}") from error
 
 
-def _check_directory(directory: Path, resume: bool) -> None:
+def _clear_leftovers(directory: Path) -> None:
+    """Remove files that a killed process was writing."""
+    for path in directory.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _check_directory(directory: Path, resume: Resume) -> None:
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"output_dir: {directory} is a file; choose another output_dir")
     if (directory / MANIFEST).is_file():
@@ -256,81 +316,11 @@ def _check_directory(directory: Path, resume: bool) -> None:
         )
 
 
-class _Logs:
-    """``train_log.jsonl`` and ``memory.jsonl``; on resume, lines after the checkpoint are cut."""
-
-    def __init__(self, directory: Path, step: int, memory: MemoryLog, cases: int) -> None:
-        self._train, self._memory = directory / TRAIN_LOG, directory / MEMORY_LOG
-        self._log, self._cases = memory, cases
-        for path in (self._train, self._memory):
-            _cut_after(path, step)
-        self.step_seconds = _logged_seconds(self._train)
-        """Time of all optimizer steps so far, earlier sessions' included."""
-
-    def write(self, report: StepReport) -> float:
-        """Append one line to each log; returns memory in use, GiB."""
-        self.step_seconds += report.step_s
-        use = self._log.sample()
-        line = report._asdict() | {"dev": report.dev._asdict() if report.dev else None}
-        memory = {"step": report.step, **use._asdict(), "effective_batch_size": self._cases}
-        for path, value in ((self._train, line), (self._memory, memory)):
-            try:
-                with path.open("a", encoding="utf-8", newline="\n") as stream:
-                    stream.write(json.dumps(value) + "\n")
-            except OSError as error:
-                raise DiskError(f"cannot write {path}: {error.strerror or error}") from error
-        return use.allocated_gib
-
-
-def _logged_seconds(path: Path) -> float:
-    if not path.is_file():
-        return 0.0
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return sum(float(json.loads(line)["step_s"]) for line in lines)
-
-
-def _cut_after(path: Path, step: int) -> None:
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # torn by a crash
-            continue
-    atomic_write_text(path, "".join(kept))
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a request to stop; a second SIGINT stops at once."""
-    requested = False
-
-    def request(_number: int, _frame: FrameType | None) -> None:
-        nonlocal requested
-        if requested:
-            raise KeyboardInterrupt
-        requested = True
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = {number: signal.signal(number, request) for number in signals}
-    except ValueError:  # not the main thread: the caller handles signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: requested
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _training_summary(
     config: FitConfig,
     trainer: Trainer,
+    logs: TrainingLog,
     *,
-    seconds: float,
     dev: DevResult | None,
     resumed: bool,
 ) -> dict[str, Any]:
@@ -338,8 +328,10 @@ def _training_summary(
         "steps": trainer.step,
         "cases": len(trainer.examples),
         "cases_per_step": config.cases_per_step,
-        "seconds": round(seconds, 1),
+        "seconds": round(logs.step_seconds, 1),
         "resumed": resumed,
+        "session": trainer.session,
+        "sessions": logs.sessions,
         "device": str(trainer.model.device),
         "threads": torch.get_num_threads(),
         "trainable_parameters": sum(p.numel() for p in trainer.names),

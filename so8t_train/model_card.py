@@ -161,7 +161,7 @@ def _training_section(facts: RunFacts) -> str:
         ("Final commutator, rms of ‖R_cmd R_safe − R_safe R_cmd‖_F", _last_commutator(facts)),
     ]
     if training.get("resumed") is True:
-        rows.append(("Resumed", "yes; the time counts from the last start only"))
+        rows.append(("Resumed", "yes; the time is that of all its sessions"))
     return "## Training\n\n" + _table(("", ""), rows)
 
 

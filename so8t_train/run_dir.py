@@ -17,6 +17,7 @@ from so8t_eval.backends.hf_tokenizer import HfTokenizer
 from so8t_eval.errors import DiskError, ModelFileError
 from so8t_eval.file_hash import file_sha256
 from so8t_train.base_model import BaseModelSource, resolve_base
+from so8t_train.base_name import portable_name
 from so8t_train.config import FitConfig
 from so8t_train.operating_points import OperatingPoint
 from so8t_train.safety_model import GateTensors, SafetyModel, build_safety_model
@@ -82,17 +83,18 @@ def save_run(  # noqa: PLR0917 - everything a run consists of
         model.causal_lm, save_embedding_layers=False
     )
     _save(directory / ADAPTER_TENSORS, {k: v.to(lora_dtype) for k, v in state.items()})
-    atomic_write_text(directory / ADAPTER_CONFIG, _adapter_config(model, source))
+    base = portable_name(source.name)
+    atomic_write_text(directory / ADAPTER_CONFIG, _adapter_config(model, base))
     _save(directory / SAFETY_TENSORS, safety_tensors(model))
     manifest = RunManifest(
         format_version=FORMAT_VERSION,
         protocol_hash=tokenizer.protocol.hash,
-        base_model=source.name,
+        base_model=base,
         base_sha256=source.sha256,
         temperature=model.temperature,
         operating_points=points or {},
         sha256={name: file_sha256(directory / name) for name in PARTS if name != MANIFEST},
-        config=_without_paths(config),
+        config=_without_paths(config).model_copy(update={"base_model": base}),
         versions=package_versions(),
         platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         training=training,
@@ -272,10 +274,10 @@ def load_parts(directory: Path, model: SafetyModel) -> None:
         )
 
 
-def _adapter_config(model: SafetyModel, source: BaseModelSource) -> str:
+def _adapter_config(model: SafetyModel, base: str) -> str:
     causal_lm: Any = model.causal_lm
     config = causal_lm.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": source.name, "inference_mode": True}
+    config |= {"base_model_name_or_path": base, "inference_mode": True}
     for key, value in config.items():
         if isinstance(value, set):
             config[key] = sorted(value)

@@ -5,12 +5,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from so8t_eval.errors import BackendError, ConfigError, Interrupted
+from so8t_eval.errors import ConfigError, Interrupted
 from so8t_train.checkpoint import (
     Checkpoint,
     newest_checkpoint,
@@ -21,13 +21,16 @@ from so8t_train.checkpoint import (
 from so8t_train.config import FitConfig
 from so8t_train.cpu_lora import fuse_cpu_lora
 from so8t_train.dev_evaluation import DevResult, evaluate_dev
+from so8t_train.divergence import DivergedError, LossGuard, all_finite, diverged
 from so8t_train.losses import safety_loss, task_loss
 from so8t_train.memory_log import MemoryLog
 from so8t_train.packing import JOINED_TOKENS, PackedSequence, joined_micro_batches, pack
 from so8t_train.pet import inertia_penalty, pet_weight
+from so8t_train.random_state import RandomState, random_state, restore_random_state
 from so8t_train.rotation_gate import LossKind, RotationPair
 from so8t_train.safety_model import SafetyModel, use_training_kernels
 from so8t_train.so8_rotation import commutator_norm, rotation_from_generators
+from so8t_train.step_report import StepReport, TrainingHooks
 from so8t_train.training_data import TrainingExample, step_order
 from so8t_train.training_plan import (
     parameter_groups,
@@ -38,34 +41,9 @@ from so8t_train.training_plan import (
     training_hash,
 )
 
-CHECKPOINTS = "checkpoints"
+__all__ = ["CHECKPOINTS", "StepReport", "Trainer", "TrainingHooks", "enable_checkpointing"]
 
-
-class StepReport(NamedTuple):
-    """What one optimizer step measured; a line of ``train_log.jsonl`` and the progress bar."""
-
-    step: int
-    total_steps: int
-    epoch: float
-    loss: float
-    safety_loss: float
-    task_loss: float | None
-    pet_temporal: float
-    pet_inertia: float
-    verdict_accuracy: float
-    grad_norm: float
-    learning_rate: float
-    commutator: float
-    tokens: int
-    step_s: float
-    dev: DevResult | None
-
-
-class TrainingHooks(NamedTuple):
-    """How the loop talks to its caller."""
-
-    on_step: Callable[[StepReport], None]
-    stop_requested: Callable[[], bool]
+CHECKPOINTS: Final = "checkpoints"
 
 
 class Trainer:
@@ -80,10 +58,13 @@ class Trainer:
         dev: Sequence[TrainingExample],
         run_directory: Path,
         start_sha256: str,
+        session: str = "",
     ) -> None:
         self.model, self.config = model, config
         self.examples, self.dev = examples, dev
         self.run_directory = run_directory
+        self.session = session
+        """Names this process in checkpoints, logs and messages."""
         self.config_hash = training_hash(config, start_sha256, examples)
         self.names = trainable(model, config)
         self.optimizer = torch.optim.AdamW(
@@ -91,7 +72,12 @@ class Trainer:
         )
         self.total_steps = total_steps(len(examples), config)
         self.step = 0
+        self.saved_step: int | None = None
+        """Step of the last checkpoint written or resumed from."""
+        self.guard = LossGuard(config, model.vocab_size + len(model.verdict_ids))
         self.reference = self._generators()
+        self.boundary: RandomState | None = random_state()
+        """The random state after step ``step``; None while weights are half updated."""
         self.memory = MemoryLog(model.device)
         if model.device.type == "cpu":
             fuse_cpu_lora(model, model.dtype)
@@ -103,23 +89,24 @@ class Trainer:
 
         Raises:
             Interrupted: a stop was requested; a checkpoint of the last whole step was saved.
-            BackendError: a loss or gradient is not finite; the last checkpoint is kept.
+            DivergedError: a loss, gradient or weight is not finite, or the loss has exploded; the
+                last checkpoint is kept.
         """
         if self.config.gradient_checkpointing:
             enable_checkpointing(self.model.base)
         while self.step < self.total_steps:
             report = self._train_step()
-            due = self.step % self.config.save_every_steps == 0
-            if due:
-                self.reference = self._generators()
-            hooks.on_step(report)  # before saving: resuming cuts later lines, but cannot add any
+            try:
+                report = report._replace(dev=self._evaluate_if_due())
+            finally:  # before saving: resuming cuts later lines, but cannot add any
+                hooks.on_step(report)
             if hooks.stop_requested() and self.step < self.total_steps:
                 self.save()
                 raise Interrupted(
-                    f"stopped after step {self.step} of {self.total_steps}; the checkpoint is in "
-                    f"{self.run_directory / CHECKPOINTS}"
+                    f"stopped after step {self.step} of {self.total_steps} (session "
+                    f"{self.session}); the checkpoint is in {self.run_directory / CHECKPOINTS}"
                 )
-            if due or self.step == self.total_steps:
+            if self._save_due() or self.step == self.total_steps:
                 self.save()
 
     def _train_step(self) -> StepReport:
@@ -156,19 +143,22 @@ class Trainer:
         inertia, commutator = self._finish_rotations()
         norm = self._clip_gradients()
         if not math.isfinite(norm):
-            raise self._not_finite("gradient", batch)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            raise self._diverged("the gradient is not finite", batch)
+        total = (
+            config.safety_loss_weight * sums.safety
+            + config.task_loss_weight * sums.task
+            + weight * sums.temporal
+            + inertia * config.pet_inertia_weight
+        )
+        if exploded := self.guard.check(total):
+            raise self._diverged(exploded, batch)
         rate = self.optimizer.param_groups[0]["lr"]
-        self.step += 1
+        self._update()
         return StepReport(
             step=self.step,
             total_steps=self.total_steps,
             epoch=self.step / self._steps_per_epoch,
-            loss=config.safety_loss_weight * sums.safety
-            + config.task_loss_weight * sums.task
-            + weight * sums.temporal
-            + inertia * config.pet_inertia_weight,
+            loss=total,
             safety_loss=sums.safety,
             task_loss=sums.task if replies else None,
             pet_temporal=sums.temporal,
@@ -179,8 +169,21 @@ class Trainer:
             commutator=commutator,
             tokens=sums.tokens,
             step_s=time.perf_counter() - started,
-            dev=self._evaluate_if_due(),
+            dev=None,
         )
+
+    def _update(self) -> None:
+        """Apply the gradients; what is between two whole steps happens here alone."""
+        self.boundary = None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self._save_due():
+            self.reference = self._generators()
+        self.boundary = random_state()
+
+    def _save_due(self) -> bool:
+        return self.step % self.config.save_every_steps == 0
 
     def _learns_reply(self, example: TrainingExample) -> bool:
         if example.reply is None or not self.config.task_loss_weight:
@@ -191,22 +194,20 @@ class Trainer:
 
     def _backward(self, loss: Tensor, kind: LossKind, micro: Sequence[TrainingExample]) -> None:
         if not math.isfinite(float(loss.detach())):
-            raise self._not_finite(f"{kind} loss", micro)
+            raise self._diverged(f"the {kind} loss is not finite", micro)
         loss.backward()  # type: ignore[no-untyped-call]
         if self.model.bank is not None:
             self.model.bank.collect(kind)
 
-    def _not_finite(self, what: str, cases: Sequence[TrainingExample]) -> BackendError:
-        """The error to raise; lets go of the half-done step, whose update is never applied."""
+    def _diverged(self, what: str, cases: Sequence[TrainingExample]) -> DivergedError:
+        self.drop_step()
+        return diverged(what, self.step + 1, cases)
+
+    def drop_step(self) -> None:
+        """Let go of a step that is half computed; its update is never applied."""
         if self.model.bank is not None:
             self.model.bank.end()
         self.optimizer.zero_grad(set_to_none=True)
-        shown = ", ".join(example.id for example in cases[:4])
-        return BackendError(
-            f"the {what} is not finite at step {self.step + 1} on cases {shown}"
-            f"{'…' if len(cases) > 4 else ''}; the last checkpoint is kept. Set compute_dtype: "
-            "float32 or a lower learning_rate, and start again in another output_dir"
-        )
 
     def _finish_rotations(self) -> tuple[float, float]:
         """Send the collected gradients to the generators; inertia value and commutator (rms)."""
@@ -235,8 +236,9 @@ class Trainer:
             squares += float(norm) ** 2
         return math.sqrt(squares)
 
-    def _batch(self) -> list[TrainingExample]:
-        epoch, index = divmod(self.step, self._steps_per_epoch)
+    def _batch(self, step: int | None = None) -> list[TrainingExample]:
+        """The cases of the next step, or of the step after ``step``."""
+        epoch, index = divmod(self.step if step is None else step, self._steps_per_epoch)
         order = step_order(len(self.examples), self.config.cases_per_step, epoch, self.config.seed)
         return [self.examples[i] for i in order[index]]
 
@@ -260,42 +262,66 @@ class Trainer:
 
     # -- saving ------------------------------------------------------------------------------
 
-    def save(self) -> Path:
-        """Write a checkpoint of the state after the last whole step."""
-        parameters = {name: p.detach().cpu().clone() for p, name in self.names.items()}
+    def save(self, *, emergency: bool = False) -> Path:
+        """Write a checkpoint of the state after the last whole step.
+
+        Raises:
+            DiskError: it could not be written.
+            DivergedError: a weight is not finite; older checkpoints are kept.
+            RuntimeError: the weights are half updated.
+        """
+        if self.boundary is None:
+            raise RuntimeError("the weights are half updated: there is no whole step to save")
+        parameters = {name: p.detach().cpu() for p, name in self.names.items()}
+        optimizer = optimizer_tensors(self.optimizer, self.names)
+        if not all_finite((*parameters.values(), *optimizer.values())):
+            last = self._batch(self.step - 1)
+            raise diverged("a weight or its optimizer state is not finite", self.step, last)
         checkpoint = Checkpoint(
             step=self.step,
             config_hash=self.config_hash,
             parameters=parameters,
-            optimizer=optimizer_tensors(self.optimizer, self.names),
+            optimizer=optimizer,
             reference=self.reference,
-            rng=torch.get_rng_state(),
+            random=self.boundary,
+            first_loss=self.guard.first_loss,
+            session=self.session,
+            emergency=emergency,
         )
-        return save_checkpoint(
+        path = save_checkpoint(
             self.run_directory / CHECKPOINTS, checkpoint, self.config.save_total_limit
         )
+        self.saved_step = self.step
+        return path
 
-    def resume(self) -> bool:
-        """Continue from the newest checkpoint, if there is one.
+    def resume(self, warn: Callable[[str], None], *, start_over: bool = False) -> bool:
+        """Continue from the newest readable checkpoint, if there is one.
+
+        ``warn`` hears of damaged ones. If all are, that is an error unless ``start_over``.
 
         Raises:
-            ConfigError: it belongs to another configuration, base or training set.
+            ConfigError: it belongs to another configuration, base, training set or SO8T version.
+            ModelFileError: there are checkpoints, and none can be read.
         """
-        checkpoint = newest_checkpoint(self.run_directory / CHECKPOINTS)
+        directory = self.run_directory / CHECKPOINTS
+        checkpoint = newest_checkpoint(directory, warn, required=not start_over)
         if checkpoint is None:
             return False
         if checkpoint.config_hash != self.config_hash:
             raise ConfigError(
                 f"{self.run_directory} was started with another configuration, base model or "
-                "training set; undo the change, or choose another output_dir"
+                "training set (or by an SO8T version that weighs it otherwise); undo the change, "
+                "or choose another output_dir"
             )
         with torch.no_grad():
             for parameter, name in self.names.items():
                 parameter.copy_(checkpoint.parameters[name])
         restore_optimizer(self.optimizer, self.names, checkpoint.optimizer)
         self.reference = checkpoint.reference
-        self.step = checkpoint.step
-        torch.set_rng_state(checkpoint.rng)
+        self.step = self.saved_step = checkpoint.step
+        self.guard.first_loss = checkpoint.first_loss
+        restore_random_state(checkpoint.random)
+        self.boundary = checkpoint.random
         return True
 
     def _generators(self) -> dict[str, Tensor]:

@@ -49,23 +49,39 @@ def load_training_cases(files: Sequence[Path]) -> list[Case]:
     return cases
 
 
-def class_weights(cases: Sequence[Case], config: FitConfig) -> dict[Verdict, float]:
-    """Loss weight of each verdict; ``balanced`` gives every class the same total, mean 1.
+def check_verdicts(
+    cases: Sequence[Case] | Sequence[TrainingExample], config: FitConfig, which: str = ""
+) -> list[Verdict]:
+    """The verdicts without a case; ``which`` says in the error what is left of the cases.
 
     Raises:
         ConfigError: a verdict has no training case, and no run is continued that has learned it.
     """
-    counts = Counter(case.verdict for case in cases)
-    missing = [verdict.value for verdict in SEVERITY_ORDER if not counts[verdict]]
+    present = {case.verdict for case in cases}
+    missing = [verdict for verdict in SEVERITY_ORDER if verdict not in present]
     if missing and config.init_from is None:
         raise ConfigError(
-            f"train_file: no case with verdict {', '.join(missing)}; the verdict head needs "
-            "examples of all three: add some, or keep the shipped training file in train_file"
+            f"train_file: no case with verdict {', '.join(v.value for v in missing)}{which}; the "
+            "verdict head needs examples of all three: add some, or keep the shipped training file "
+            "in train_file"
         )
+    return missing
+
+
+def class_weights(
+    cases: Sequence[Case] | Sequence[TrainingExample], config: FitConfig
+) -> dict[Verdict, float]:
+    """Loss weight of each verdict; ``balanced`` gives every class the same total, mean 1.
+
+    Raises:
+        ConfigError: as ``check_verdicts``.
+    """
+    missing = check_verdicts(cases, config)
     if isinstance(config.class_weights, tuple):
         return dict(zip(SEVERITY_ORDER, config.class_weights, strict=True))
     if config.class_weights == "none":
         return dict.fromkeys(SEVERITY_ORDER, 1.0)
+    counts = Counter(case.verdict for case in cases)
     present = len(SEVERITY_ORDER) - len(missing)
     return {v: len(cases) / (present * counts[v]) if counts[v] else 1.0 for v in SEVERITY_ORDER}
 
@@ -74,10 +90,13 @@ def tokenize_cases(
     cases: Sequence[Case],
     tokenizer: HfTokenizer,
     verdict_ids: Sequence[int],
-    weights: dict[Verdict, float],
+    weights: dict[Verdict, float] | None,
     max_length: int,
 ) -> TrainingSet:
-    """Tokenize every case once, by the verdict protocol; what is too long is left out and named."""
+    """Tokenize every case once, by the verdict protocol; what is too long is left out and named.
+
+    Without ``weights`` every case weighs 1.
+    """
     end = tokenizer.tokenize(tokenizer.protocol.eos_token, True)
     examples: list[TrainingExample] = []
     too_long: list[str] = []
@@ -86,7 +105,7 @@ def tokenize_cases(
         ids = tokenizer.protocol.prompt_ids(case.conversation, case.policy, tokenizer.tokenize)
         own = (*ids.body, *ids.tail)
         verdict_id = verdict_ids[case.verdict.severity]
-        weight = weights[case.verdict]
+        weight = 1.0 if weights is None else weights[case.verdict]
         prompt = PackedSequence(ids.head, own, len(own) - 1, (verdict_id,), weight)
         if prompt.length > max_length:
             too_long.append(case.id)
@@ -100,6 +119,21 @@ def tokenize_cases(
                 long_replies.append(case.id)
         examples.append(TrainingExample(case.id, case.verdict, prompt, reply))
     return TrainingSet(examples, too_long, long_replies)
+
+
+def weighted(data: TrainingSet, config: FitConfig) -> TrainingSet:
+    """The set with its class weights, counted over the cases that are trained on.
+
+    Raises:
+        ConfigError: a verdict has no case that fits ``max_length``.
+    """
+    check_verdicts(data.examples, config, f" fits max_length={config.max_length} tokens")
+    weights = class_weights(data.examples, config)
+    examples = [
+        example._replace(prompt=example.prompt._replace(weight=weights[example.verdict]))
+        for example in data.examples
+    ]
+    return data._replace(examples=examples)
 
 
 def step_order(n_examples: int, cases_per_step: int, epoch: int, seed: int) -> list[list[int]]:

@@ -28,11 +28,8 @@ def total_steps(n_examples: int, config: FitConfig) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def training_hash(config: FitConfig, start_sha256: str, examples: Sequence[TrainingExample]) -> str:
-    """SHA-256 over everything that shapes the weights; paths and logging intervals do not.
-
-    ``start_sha256`` names what is trained: the base model, or the run that the fit starts from.
-    """
+def shaping_settings(config: FitConfig) -> dict[str, Any]:
+    """The settings that shape the weights, as JSON values."""
     free = {
         "output_dir",
         "base_model",
@@ -42,10 +39,20 @@ def training_hash(config: FitConfig, start_sha256: str, examples: Sequence[Train
         "dev_file",
         "eval_every_steps",
         "eval_max_cases",
+        "max_loss_ratio",
     }
     free |= {"save_total_limit", "offload_folder", "adapter_dtype", "merge_base"}
-    settings = config.model_dump(mode="json", exclude=free)
-    digest = hashlib.sha256(json.dumps([settings, start_sha256], sort_keys=True).encode())
+    return config.model_dump(mode="json", exclude=free)
+
+
+def training_hash(config: FitConfig, start_sha256: str, examples: Sequence[TrainingExample]) -> str:
+    """SHA-256 over everything that shapes the weights; paths and logging intervals do not.
+
+    ``start_sha256`` names what is trained: the base model, or the run that the fit starts from.
+    """
+    digest = hashlib.sha256(
+        json.dumps([shaping_settings(config), start_sha256], sort_keys=True).encode()
+    )
     for example in examples:
         digest.update(repr(example).encode())
     return digest.hexdigest()

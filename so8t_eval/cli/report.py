@@ -19,10 +19,10 @@ from so8t_eval.report_input import ReportInput, read_case_texts, read_report_inp
 @click.option(
     "-o",
     "--output",
-    required=True,
     type=click.Path(path_type=Path),
     metavar="FILE.html",
-    help="The report; it needs no other file and no network.",
+    help="The report; it needs no other file and no network (default: report.html in the first "
+    "RUN).",
 )
 @click.option(
     "--markdown",
@@ -51,7 +51,7 @@ from so8t_eval.report_input import ReportInput, read_case_texts, read_report_inp
 def report(
     *,
     runs: tuple[Path, ...],
-    output: Path,
+    output: Path | None,
     markdown: Path | None,
     case_file: Path | None,
     redact: bool,
@@ -62,6 +62,7 @@ def report(
     Each RUN is a directory written by so8t-eval run, or its records.jsonl; the first model of the
     first run is what the others are compared with. Equal input gives equal bytes.
     """
+    output = output or _directory(runs[0]) / "report.html"
     _check_options(output, markdown, case_file, redact, redact_key_file)
     redactor = load_redactor(redact_key_file) if redact else None
     data = read_report_input(runs)
@@ -70,6 +71,10 @@ def report(
     _write_all(written)
     for path in written:
         click.echo(f"Report: {path}", err=True)
+
+
+def _directory(run: Path) -> Path:
+    return run if run.is_dir() else run.parent
 
 
 def _check_options(

@@ -1,14 +1,34 @@
 """``so8t-train fit``: train an adapter with rotation gates and verdict rows."""
 
 from pathlib import Path
+from typing import Final
 
 import click
 
+_RESUME_VALUES: Final = ("yes", "auto")
 
-@click.command()
+
+class _FitCommand(click.Command):
+    """Lets --resume stand alone before CONFIG, which click would take for its value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        following = [*args, ""][1:]
+        spelled = [
+            "--resume=yes" if (arg, after in _RESUME_VALUES) == ("--resume", False) else arg
+            for arg, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, spelled)
+
+
+@click.command(cls=_FitCommand)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option(
-    "--resume", is_flag=True, help="Continue an interrupted run from its last checkpoint."
+    "--resume",
+    type=click.Choice(_RESUME_VALUES),
+    is_flag=False,
+    flag_value="yes",
+    help="Continue an interrupted run from its newest good checkpoint; auto: start if there is "
+    "none, and do nothing if the run is finished.",
 )
 @click.option("--output-dir", type=click.Path(path_type=Path), help="Override output_dir.")
 @click.option("--max-steps", type=click.IntRange(min=1), help="Override max_steps.")
@@ -17,7 +37,7 @@ import click
 def fit(
     *,
     config: Path,
-    resume: bool,
+    resume: str | None,
     output_dir: Path | None,
     max_steps: int | None,
     seed: int | None,
@@ -26,11 +46,13 @@ def fit(
     """Train CONFIG (YAML) into a run directory.
 
     Ctrl-C saves a checkpoint and stops; the same command with --resume goes on from there and ends
-    with the same weights. docs/config.md explains every key.
+    with the same weights. A command that is started again whatever happened takes --resume auto.
+    docs/config.md explains every key.
     """
     from so8t_eval.errors import Interrupted
     from so8t_train.cli.fit_progress import FitProgress
     from so8t_train.config import load_config
+    from so8t_train.fit import Resume
     from so8t_train.fit import fit as run_fit
 
     overrides = {
@@ -42,9 +64,10 @@ def fit(
     settings = load_config(config).model_copy(
         update={key: value for key, value in overrides.items() if value is not None}
     )
+    how: Resume = "auto" if resume == "auto" else resume is not None
     try:
         with FitProgress() as progress:
-            result = run_fit(settings, resume=resume, reporter=progress.reporter)
+            result = run_fit(settings, resume=how, reporter=progress.reporter)
     except Interrupted as error:
         raise Interrupted(f"{error}\nresume with: {_resume_command()}") from error
     click.echo(f"{result.steps} steps in {result.seconds:.0f} s; run directory: {result.directory}")
@@ -70,5 +93,7 @@ def _resume_command() -> str:
     import shlex
     import sys
 
-    arguments = [a for a in sys.argv[1:] if a != "--resume"]
-    return shlex.join(["so8t-train", *arguments, "--resume"])
+    arguments = sys.argv[1:]
+    if not any(a.split("=")[0] == "--resume" for a in arguments):
+        arguments = [*arguments, "--resume"]
+    return shlex.join(["so8t-train", *arguments])

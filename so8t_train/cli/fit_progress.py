@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from so8t_train.fit import FitReporter
-from so8t_train.trainer import StepReport
+from so8t_train.step_report import StepReport
 
 _LINE_EVERY_STEPS = 10
 

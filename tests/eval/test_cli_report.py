@@ -64,6 +64,13 @@ def test_html_and_markdown_are_written(run: Path, tmp_path: Path) -> None:
     assert shown["case-000"] == PROMPT.replace("\u2028", "⟨U+2028⟩")
 
 
+def test_without_a_name_the_report_lies_in_the_first_run(run: Path) -> None:
+    for given in (run, run / "records.jsonl"):
+        result = invoke(given)
+        assert result.exit_code == 0, result.stderr
+        (run / "report.html").unlink()
+
+
 def test_without_the_case_file_the_report_says_so(run: Path, tmp_path: Path) -> None:
     (tmp_path / "cases.jsonl").rename(tmp_path / "moved.jsonl")
     output = tmp_path / "report.html"
@@ -139,7 +146,6 @@ def test_wrong_usage_is_2_and_writes_nothing(run: Path, tmp_path: Path) -> None:
     short = tmp_path / "short"
     short.write_text("secret")
     for arguments, problem in (
-        ([run], "Missing option '-o'"),
         (["-o", out], "Missing argument 'RUN...'"),
         ([run, "-o", out.with_suffix(".pdf")], "expected a name ending in .html"),
         ([run, "-o", out, "--markdown", out], "expected a name ending in .md"),

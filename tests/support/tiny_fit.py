@@ -11,7 +11,7 @@ from so8t_train.config import FitConfig, parse_config
 from so8t_train.fit import FitReporter
 from so8t_train.safety_model import SafetyModel, build_safety_model
 from so8t_train.trainer import StepReport, Trainer
-from so8t_train.training_data import class_weights, load_training_cases, tokenize_cases
+from so8t_train.training_data import load_training_cases, tokenize_cases, weighted
 
 QUIET = FitReporter(news=lambda _text: None, on_step=lambda _report, _memory: None)
 POLICIES = (None, "Ask a person before you delete files.", "Sure, help with office work.")
@@ -62,9 +62,8 @@ def build_trainer(config: FitConfig) -> Trainer:
     """A trainer as ``fit`` makes it, without its logs, signals and final save."""
     model, tokenizer = build(config)
     cases = load_training_cases(config.train_file)
-    data = tokenize_cases(
-        cases, tokenizer, model.verdict_ids, class_weights(cases, config), config.max_length
-    )
+    tokenized = tokenize_cases(cases, tokenizer, model.verdict_ids, None, config.max_length)
+    data = weighted(tokenized, config)
     return Trainer(
         model,
         config,

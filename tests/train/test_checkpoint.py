@@ -2,15 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support.file_limit import files_limited_to
 from torch import nn
 
-from so8t_eval.errors import DiskError, ModelFileError
+from so8t_eval.errors import ConfigError, DiskError, ModelFileError
 from so8t_train.checkpoint import (
     Checkpoint,
     checkpoint_directories,
@@ -20,6 +20,7 @@ from so8t_train.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from so8t_train.random_state import RandomState
 
 
 def checkpoint(step: int, size: int = 5) -> Checkpoint:
@@ -30,7 +31,9 @@ def checkpoint(step: int, size: int = 5) -> Checkpoint:
         parameters={"a.weight": torch.randn(size, size, generator=generator)},
         optimizer={"a.weight/step": torch.tensor(float(step)), "a.weight/exp_avg": torch.ones(5)},
         reference={"safe": torch.zeros(2, 3, 28), "command": torch.ones(2, 3, 28)},
-        rng=torch.get_rng_state(),
+        random=RandomState(torch.get_rng_state(), {"0": torch.arange(16, dtype=torch.uint8)}),
+        first_loss=1.5,
+        session="cafe0123",
     )
 
 
@@ -38,22 +41,17 @@ def steps(directory: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in checkpoint_directories(directory)]
 
 
+RNG = torch.get_rng_state()
+
+
+def never(text: str) -> None:
+    raise AssertionError(f"unexpected warning: {text}")
+
+
 def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-@contextmanager
-def files_limited_to(n_bytes: int) -> Iterator[None]:
-    """The kernel refuses to grow a file beyond this, as it does on a full disk."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_everything_comes_back_as_saved(tmp_path: Path) -> None:
@@ -64,7 +62,30 @@ def test_everything_comes_back_as_saved(tmp_path: Path) -> None:
         before, after = getattr(saved, group), getattr(loaded, group)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(loaded.rng, saved.rng)
+    assert torch.equal(loaded.random.cpu, saved.random.cpu)
+    assert torch.equal(loaded.random.cuda["0"], saved.random.cuda["0"])
+    assert (loaded.first_loss, loaded.session, loaded.emergency) == (1.5, "cafe0123", False)
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, checkpoint(7)._replace(random=RandomState(RNG, {})), keep=2)
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    first = {key: state[key] for key in ("step", "config_hash", "sha256")}
+    (path / "state.json").write_text(json.dumps(first, indent=1), encoding="utf-8")
+    loaded = load_checkpoint(path)
+    assert (loaded.step, loaded.config_hash, loaded.first_loss) == (7, "hash", None)
+    assert torch.equal(loaded.random.cpu, RNG)
+
+
+def test_a_format_of_the_future_is_refused_and_nothing_older_taken(tmp_path: Path) -> None:
+    import so8t_train.checkpoint as module
+
+    save_checkpoint(tmp_path, checkpoint(1), keep=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FORMAT_VERSION", 9)
+        save_checkpoint(tmp_path, checkpoint(2), keep=2)
+    with pytest.raises(ConfigError, match=r"expected format_version 2 or 1, found 9; resume with"):
+        newest_checkpoint(tmp_path, never)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -88,8 +109,8 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_no_directory_and_empty_directory_have_no_checkpoint(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "absent") is None
-    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "absent", never) is None
+    assert newest_checkpoint(tmp_path, never) is None
 
 
 def test_an_unfinished_one_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path: Path) -> None:
@@ -101,7 +122,8 @@ def test_an_unfinished_one_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path:
     assert steps(tmp_path) == [1]
     save_checkpoint(tmp_path, checkpoint(2), keep=2)
     assert not leftover.exists()
-    newest = newest_checkpoint(tmp_path)
+    assert not torn.exists()
+    newest = newest_checkpoint(tmp_path, never)
     assert newest is not None
     assert newest.step == 2
 
@@ -114,6 +136,7 @@ def test_an_unfinished_one_is_no_checkpoint_and_is_cleared_by_the_next(tmp_path:
         ("state.safetensors", lambda path: path.write_bytes(b"")),
         ("state.json", Path.unlink),
         ("state.json", lambda path: path.write_bytes(path.read_bytes()[:20])),
+        ("state.json", lambda path: path.write_text(path.read_text().replace("hash", "hush", 1))),
     ],
 )
 def test_altered_file_is_detected_and_the_older_checkpoint_used(
@@ -122,7 +145,12 @@ def test_altered_file_is_detected_and_the_older_checkpoint_used(
     for step in (1, 2):
         save_checkpoint(tmp_path, checkpoint(step), keep=2)
     damage(tmp_path / "step-000002" / file)
-    newest = newest_checkpoint(tmp_path)
+    warnings: list[str] = []
+    newest = newest_checkpoint(tmp_path, warnings.append)
+    if (tmp_path / "step-000002" / "state.json").exists():  # without it: not a complete one
+        (warning,) = warnings
+        assert "warning: damaged checkpoint passed over:" in warning
+        assert str(tmp_path / "step-000002") in warning
     assert newest is not None
     assert newest.step == 1
     assert torch.equal(newest.parameters["a.weight"], checkpoint(1).parameters["a.weight"])
@@ -149,8 +177,11 @@ def test_broken_state_is_an_error_of_ours(text: str, tmp_path: Path) -> None:
 def test_when_none_can_be_read_the_newest_problem_is_reported(tmp_path: Path) -> None:
     for step in (1, 2):
         flip_a_byte(save_checkpoint(tmp_path, checkpoint(step), keep=2) / "state.safetensors")
+    warnings: list[str] = []
     with pytest.raises(ModelFileError, match="step-000002"):
-        newest_checkpoint(tmp_path)
+        newest_checkpoint(tmp_path, warnings.append)
+    assert len(warnings) == 2
+    assert newest_checkpoint(tmp_path, warnings.append, required=False) is None
 
 
 def test_a_damaged_later_checkpoint_does_not_push_out_good_ones(tmp_path: Path) -> None:
@@ -159,7 +190,7 @@ def test_a_damaged_later_checkpoint_does_not_push_out_good_ones(tmp_path: Path) 
         save_checkpoint(tmp_path, checkpoint(step), keep=2)
     flip_a_byte(tmp_path / "step-000004" / "state.safetensors")
     save_checkpoint(tmp_path, checkpoint(3), keep=1)
-    newest = newest_checkpoint(tmp_path)
+    newest = newest_checkpoint(tmp_path, never)
     assert newest is not None
     assert newest.step == 3
     assert steps(tmp_path) == [3]
@@ -173,7 +204,7 @@ def test_full_disk_is_reported_and_leaves_the_older_checkpoint(tmp_path: Path) -
     ):
         save_checkpoint(tmp_path, checkpoint(2, size=300), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
-    newest = newest_checkpoint(tmp_path)
+    newest = newest_checkpoint(tmp_path, never)
     assert newest is not None
     assert newest.step == 1
     save_checkpoint(tmp_path, checkpoint(2, size=300), keep=1)

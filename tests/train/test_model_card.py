@@ -159,7 +159,7 @@ def test_training_facts_and_last_commutator_are_shown(run_directory: Path) -> No
     assert "| Trainable parameters | 4,916,736 |" in card
     assert "| Time | 10 min |" in card
     assert "| train | `train.jsonl` | 3 (1 / 1 / 1) |" in card
-    assert "| Resumed | yes; the time counts from the last start only |" in card
+    assert "| Resumed | yes; the time is that of all its sessions |" in card
 
 
 def test_reproduction_settings_are_a_valid_configuration(run_directory: Path) -> None:

@@ -358,6 +358,7 @@ def test_hash_covers_what_shapes_the_weights_and_nothing_else(tmp_path: Path) ->
         "eval_every_steps": 3,
         "save_total_limit": 9,
         "adapter_dtype": "float32",
+        "max_loss_ratio": 3.0,
     }.items():
         assert hashed(**{key: value}) == hashed(), key
     assert training_hash(config, "another base", []) != hashed()

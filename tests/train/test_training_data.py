@@ -20,6 +20,7 @@ from so8t_train.training_data import (
     load_training_cases,
     step_order,
     tokenize_cases,
+    weighted,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
@@ -179,3 +180,29 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert step_order(50, 4, 1, seed=2) != step_order(50, 4, 2, seed=2)
     assert step_order(50, 4, 1, seed=2) != step_order(50, 4, 1, seed=3)
     assert step_order(50, 4, 0, seed=2**32 - 1) != step_order(50, 4, 0, seed=0)
+
+
+def test_class_weights_count_the_cases_that_are_trained_on(tokenizer: HfTokenizer) -> None:
+    """One of three allow cases is too long: the other two share the weight of their class."""
+    verdicts = ("allow", "allow", "allow", "escalate", "refuse")
+    cases = [
+        case(i, verdict=verdict, prompt="long " * 200 if i == 2 else f"short {i}")
+        for i, verdict in enumerate(verdicts)
+    ]
+    data = tokenize_cases(cases, tokenizer, VERDICT_IDS, None, 100)
+    assert data.too_long == ["case-0002"]
+    assert {e.prompt.weight for e in data.examples} == {1.0}
+    weighed = weighted(data, config(max_length=100))
+    assert [e.prompt.weight for e in weighed.examples] == pytest.approx(
+        [2 / 3, 2 / 3, 4 / 3, 4 / 3]
+    )
+    assert [
+        e._replace(prompt=d.prompt) for e, d in zip(weighed.examples, data.examples, strict=True)
+    ] == (data.examples)
+
+
+def test_a_verdict_whose_cases_are_all_too_long_is_an_error(tokenizer: HfTokenizer) -> None:
+    cases = [case(0), case(1), case(2, prompt="long " * 200)]
+    data = tokenize_cases(cases, tokenizer, VERDICT_IDS, None, 100)
+    with pytest.raises(ConfigError, match="no case with verdict refuse fits max_length=100 tokens"):
+        weighted(data, config(max_length=100))
