@@ -1,5 +1,6 @@
 """A base model's tokenizer and the ids its verdict tokens will have, without loading weights."""
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from so8t_eval.backends.hf_tokenizer import HfTokenizer
 from so8t_eval.errors import ModelFileError
 from so8t_eval.labels import SEVERITY_ORDER, VERDICT_TOKENS
 from so8t_train.base_model import BaseModelSource, load_tokenizer, open_gguf, resolve_base
+from so8t_train.gguf_sentencepiece import SPACE
 
 _GGUF_EMBEDDING = "token_embd.weight"
 _HF_EMBEDDING = "embed_tokens.weight"
@@ -58,6 +60,8 @@ class BaseVocabulary(NamedTuple):
         written = inner.id_to_token(token) or ""
         if isinstance(inner.decoder, ByteLevel):
             return Piece(_bytes_of(written), False)
+        if getattr(inner.model, "byte_fallback", False):
+            return Piece(_sentencepiece_bytes(written), False)
         return Piece(written.encode(), False)
 
 
@@ -102,6 +106,12 @@ def _rows_in_directory(directory: Path) -> int | None:
                 f"{file} is broken or truncated ({error}); fetch it again"
             ) from error
     return None
+
+
+def _sentencepiece_bytes(written: str) -> bytes:
+    """The bytes that a SentencePiece-style vocabulary entry stands for."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", written)
+    return bytes([int(byte[1], 16)]) if byte else written.replace(SPACE, " ").encode()
 
 
 def _bytes_of(written: str) -> bytes:

@@ -110,7 +110,8 @@ def live_outputs(model: SafetyModel, prompts: Sequence[PackedSequence]) -> Outpu
 def merged_model(like: Any, weights: dict[str, Tensor]) -> nn.Module:
     """A plain transformers model of merged weights, of the class and configuration of ``like``."""
     config = merged_config(like.config, weights)
-    config._attn_implementation = "sdpa"
+    # Gemma 2 caps its attention scores, which SDPA cannot.
+    config._attn_implementation = "sdpa" if type(like)._supports_sdpa else "eager"
     with quiet_libraries():
         model: nn.Module = type(like).from_pretrained(
             None, config=config, state_dict=dict(weights), use_safetensors=True
@@ -131,6 +132,7 @@ def merged_outputs(model: Any, prompts: Sequence[PackedSequence], base_vocabular
     """What a plain transformers model says whose vocabulary ends with the verdict tokens."""
     use_packed_attention(model)
     mask = torch.zeros(1, 1, 1, 1)
+    cap = getattr(model.config, "final_logit_softcapping", None)
 
     def forward(packed: Pack) -> Tensor:
         states = model.get_decoder()(
@@ -141,7 +143,7 @@ def merged_outputs(model: Any, prompts: Sequence[PackedSequence], base_vocabular
             packed_layout=packed.layout,
         ).last_hidden_state
         logits: Tensor = model.get_output_embeddings()(states[0, packed.supervised])
-        return logits
+        return torch.tanh(logits / cap) * cap if cap else logits
 
     return _collected(prompts, base_vocabulary, forward)
 

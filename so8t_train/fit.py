@@ -124,7 +124,9 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
         trainer.run(TrainingHooks(on_step, stop))
     reporter.news("calibrating on the dev split and saving")
     after = _dev_logits(model, dev)
-    result = _calibrate(model, after, dev, hold=config.freeze == "safe")
+    # A temperature fitted to capped logits cannot be folded into rows that are capped afterwards.
+    hold = config.freeze == "safe" or model.softcap is not None
+    result = _calibrate(model, after, dev, hold=hold)
     seconds = time.monotonic() - started
     training = _training_summary(config, trainer, logs, dev=result, resumed=resumed)
     moved = None

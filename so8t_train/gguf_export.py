@@ -16,6 +16,7 @@ from torch import Tensor
 from so8t_eval.backends.hf_tokenizer import HfTokenizer
 from so8t_eval.errors import DiskError, ExportError
 from so8t_train.base_weights import BaseWeights
+from so8t_train.families import gguf_architecture
 from so8t_train.gguf_layout import gguf_name, hf_name, to_gguf_layout
 from so8t_train.gguf_metadata import (
     So8tMetadata,
@@ -23,9 +24,11 @@ from so8t_train.gguf_metadata import (
     add_so8t_keys,
     copy_metadata,
     make_metadata,
-    rope_frequency_factors,
 )
+from so8t_train.gguf_rope import rope_tensors
+from so8t_train.gguf_settings import settings_of
 from so8t_train.merged_model import OpenRun
+from so8t_train.vocabulary_check import check_vocabulary
 
 FloatKind: TypeAlias = Literal["f32", "f16", "bf16"]
 _FILE_TYPES: Final = {
@@ -33,7 +36,6 @@ _FILE_TYPES: Final = {
     "f16": LlamaFileType.MOSTLY_F16,
     "bf16": LlamaFileType.MOSTLY_BF16,
 }
-_ROPE_FACTORS: Final = "rope_freqs.weight"
 
 
 def write_gguf(
@@ -49,7 +51,7 @@ def write_gguf(
         ExportError: a weight has no place in the architecture, or does not fit the number format.
         DiskError: the file could not be written; what was written is removed.
     """
-    writer = GGUFWriter(path, run.base.architecture)
+    writer = GGUFWriter(path, gguf_architecture(run.base.architecture))
     if run.base.reader is not None:
         copy_metadata(writer, run.base.reader, run.base.architecture)
     else:
@@ -78,7 +80,13 @@ def check_gguf_base(base: BaseWeights, tokenizer: HfTokenizer) -> None:
         ExportError: as ``write_gguf``.
     """
     if base.reader is None:
-        make_metadata(GGUFWriter(None, base.architecture), base, tokenizer)
+        architecture = gguf_architecture(base.architecture)
+        make_metadata(GGUFWriter(None, architecture), base, tokenizer)
+        check_vocabulary(
+            lambda path: _write_vocabulary(path, architecture, base, tokenizer),
+            tokenizer,
+            base.source.path / "tokenizer.json",
+        )
 
 
 def fits_f16(weights: Mapping[str, Tensor]) -> bool:
@@ -95,20 +103,31 @@ def disk_error(path: Path, error: OSError) -> DiskError:
     return DiskError(f"cannot write {path}: {error.strerror or error}{hint}")
 
 
+def _write_vocabulary(
+    path: Path, architecture: str, base: BaseWeights, tokenizer: HfTokenizer
+) -> None:
+    writer = GGUFWriter(path, architecture)
+    make_metadata(writer, base, tokenizer)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+    finally:
+        _close(writer)
+
+
 def _tensors(base: BaseWeights, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """GGUF names and tensors in GGUF's layout: a GGUF base's own order, else the weights'."""
     if base.reader is None:
-        factors = rope_frequency_factors(base)
-        if factors is not None:
-            yield _ROPE_FACTORS, torch.from_numpy(factors)
+        for name, factors in rope_tensors(settings_of(base)).items():
+            yield name, torch.from_numpy(factors)
         for name, weight in weights.items():
-            own = gguf_name(name)
+            own = gguf_name(name, base.architecture)
             if own is None:
                 raise ExportError(f"{base.source.path}: {name} has no place in {base.architecture}")
             yield own, to_gguf_layout(name, weight, base.architecture, base.heads)
         return
     for tensor in base.reader.tensors:
-        known = hf_name(tensor.name)
+        known = hf_name(tensor.name, base.architecture)
         if known is not None:
             yield tensor.name, to_gguf_layout(known, weights[known], base.architecture, base.heads)
         elif tensor.tensor_type == GGMLQuantizationType.F32:  # such as rope_freqs: not a weight

@@ -5,8 +5,10 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
+from so8t_train.families import gguf_architecture
+
 ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
-"""Families whose tensors this module can name. Their names are equal in both worlds."""
+"""Architectures of which a GGUF file can be the base."""
 
 _OUTER: Final = {
     "token_embd": "model.embed_tokens",
@@ -26,8 +28,22 @@ _BLOCK: Final = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_OUTER_BACK: Final = {hf: gguf for gguf, hf in _OUTER.items()}
-_BLOCK_BACK: Final = {hf: gguf for gguf, hf in _BLOCK.items()}
+_FUSED: Final = {
+    "attn_norm": "input_layernorm",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_up": "mlp.gate_up_proj",  # both halves, gate first, in both worlds
+    "ffn_down": "mlp.down_proj",
+}
+_SANDWICHED: Final = _BLOCK | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_OWN_BLOCKS: Final = {"phi3": _FUSED, "gemma2": _SANDWICHED, "gemma3": _SANDWICHED}
+_PERMUTING: Final = ("llama", "smollm3")
+_SHIFTED_NORMS: Final = ("gemma2", "gemma3")
 _PERMUTED: Final = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(?:weight|bias)")
 
 
@@ -38,36 +54,48 @@ class HeadCounts(NamedTuple):
     key_value: int
 
 
-def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a GGUF tensor; None if the families here have no such weight."""
+def hf_name(name: str, architecture: str = "llama") -> str | None:
+    """The Hugging Face name of a GGUF tensor; None if ``architecture`` has no such weight.
+
+    ``architecture`` is llama.cpp's name or a ``model_type``, as everywhere here.
+    """
     stem, _, suffix = name.rpartition(".")
     if stem in _OUTER:
         return f"{_OUTER[stem]}.{suffix}"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if match is None or match[2] not in _BLOCK:
+    names = _block_names(architecture)
+    if match is None or match[2] not in names:
         return None
-    return f"model.layers.{match[1]}.{_BLOCK[match[2]]}.{suffix}"
+    return f"model.layers.{match[1]}.{names[match[2]]}.{suffix}"
 
 
-def gguf_name(name: str) -> str | None:
-    """The GGUF name of a Hugging Face weight; None if the families here have no such weight."""
+def gguf_name(name: str, architecture: str = "llama") -> str | None:
+    """The GGUF name of a Hugging Face weight; None if ``architecture`` has no such weight."""
     stem, _, suffix = name.rpartition(".")
-    if stem in _OUTER_BACK:
-        return f"{_OUTER_BACK[stem]}.{suffix}"
+    for gguf, hf in _OUTER.items():
+        if stem == hf:
+            return f"{gguf}.{suffix}"
     match = re.fullmatch(r"model\.layers\.(\d+)\.([\w.]+)", stem)
-    if match is None or match[2] not in _BLOCK_BACK:
+    if match is None:
         return None
-    return f"blk.{match[1]}.{_BLOCK_BACK[match[2]]}.{suffix}"
+    for gguf, hf in _block_names(architecture).items():
+        if match[2] == hf:
+            return f"blk.{match[1]}.{gguf}.{suffix}"
+    return None
 
 
 def to_gguf_layout(name: str, weight: Tensor, architecture: str, heads: HeadCounts) -> Tensor:
-    """Rows of a weight named as in Hugging Face, in GGUF's order.
+    """A weight named as in Hugging Face, in GGUF's order and scale.
 
     llama.cpp rotates neighbouring features of the llama family (RoPE type NORM), Hugging Face the
     two halves of a head; so the rows of q and k are interleaved. Other families use NEOX as is.
+    Gemma's norms multiply by 1 + weight; llama.cpp's by the weight, so it holds the sum.
 
-    Source: ``LlamaModel.permute`` in llama.cpp's convert_hf_to_gguf.py.
+    Source: ``LlamaModel.permute`` and ``Gemma2Model.modify_tensors`` in llama.cpp's
+    convert_hf_to_gguf.py.
     """
+    if _is_shifted(name, architecture):
+        return weight + 1
     n = _permuted_heads(name, architecture, heads)
     if n is None:
         return weight
@@ -77,6 +105,8 @@ def to_gguf_layout(name: str, weight: Tensor, architecture: str, heads: HeadCoun
 
 def to_hf_layout(name: str, weight: Tensor, architecture: str, heads: HeadCounts) -> Tensor:
     """The inverse of ``to_gguf_layout``."""
+    if _is_shifted(name, architecture):
+        return weight - 1
     n = _permuted_heads(name, architecture, heads)
     if n is None:
         return weight
@@ -84,8 +114,18 @@ def to_hf_layout(name: str, weight: Tensor, architecture: str, heads: HeadCounts
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
+def _block_names(architecture: str) -> dict[str, str]:
+    return _OWN_BLOCKS.get(gguf_architecture(architecture), _BLOCK)
+
+
+def _is_shifted(name: str, architecture: str) -> bool:
+    shifted = gguf_architecture(architecture) in _SHIFTED_NORMS
+    return shifted and name.endswith(("norm.weight", "layernorm.weight"))
+
+
 def _permuted_heads(name: str, architecture: str, heads: HeadCounts) -> int | None:
-    match = _PERMUTED.fullmatch(name) if architecture == "llama" else None
+    permuting = gguf_architecture(architecture) in _PERMUTING
+    match = _PERMUTED.fullmatch(name) if permuting else None
     if match is None:
         return None
     return heads.query if match[1] == "q" else heads.key_value

@@ -18,8 +18,8 @@ _LLAMA_BPE: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# llama.cpp takes a whole word that is a token as that token, whatever the merges say.
-_WHOLE_WORDS_FIRST: Final = ("llama-bpe", "llama3")
+WHOLE_WORDS_FIRST: Final = ("llama-bpe", "llama3")
+"""Pre-tokenizers with which llama.cpp takes a whole word that is a token as that token."""
 _QWEN2: Final = _LLAMA_BPE.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
@@ -69,7 +69,7 @@ def tokenizer_from_gguf(reader: GGUFReader) -> HfTokenizer:
             "GGUF again"
         )
     name = _text(reader, "tokenizer.ggml.pre") or "gpt-2"
-    tokenizer = Tokenizer(_bpe(tokens, merges, whole_words_first=name in _WHOLE_WORDS_FIRST))
+    tokenizer = Tokenizer(_bpe(tokens, merges, whole_words_first=name in WHOLE_WORDS_FIRST))
     tokenizer.pre_tokenizer = pre_tokenizer(name)
     tokenizer.decoder = decoders.ByteLevel()
     for token, token_type in zip(tokens, types, strict=True):

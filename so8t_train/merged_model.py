@@ -21,12 +21,14 @@ from so8t_train.base_weights import (
     linear_names,
     read_base_weights,
 )
+from so8t_train.families import FAMILIES
 from so8t_train.fold import LoraPair, calibrated_rows, composed_rotations, folded_weights
 from so8t_train.gate_installation import ATTENTION_NAMES, LAYER_LIST_NAMES, PROJECTION_NAMES
 from so8t_train.gguf_tokenizer import tokenizer_from_gguf
 from so8t_train.run_dir import (
     ADAPTER_CONFIG,
     ADAPTER_TENSORS,
+    MANIFEST,
     SAFETY_TENSORS,
     RunManifest,
     read_manifest,
@@ -108,6 +110,7 @@ def open_run(directory: Path) -> OpenRun:
         )
     adapter = _read_adapter(directory)
     _check_fit(directory, base, adapter)
+    _check_temperature(directory, base, manifest.temperature)
     return OpenRun(directory, manifest, base, adapter, tokenizer)
 
 
@@ -190,6 +193,18 @@ def _lora_scale(path: Path) -> float:
         raise ExportError(f"{path}: {', '.join(used)} cannot be merged; train with plain LoRA")
     rank = float(config["r"])
     return float(config["lora_alpha"]) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _check_temperature(directory: Path, base: BaseWeights, temperature: float) -> None:
+    """A temperature divides logits; rows of a softcapped model can only divide what is capped."""
+    family = FAMILIES.get(base.architecture)
+    if family is not None and family.softcapped and temperature != 1.0:
+        raise ExportError(
+            f"{directory / MANIFEST}: expected temperature 1 for {base.architecture}, whose final "
+            f"logits are softcapped, found {temperature:.3f}: it was fitted to capped logits and "
+            'cannot be folded into rows whose logits are capped afterwards; set "temperature" to '
+            "1.0 there: verdicts stay, probabilities are then not calibrated"
+        )
 
 
 def _check_fit(directory: Path, base: BaseWeights, adapter: Adapter) -> None:

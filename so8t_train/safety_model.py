@@ -116,9 +116,14 @@ class SafetyModel(nn.Module):
         own = states.float() @ (self.verdict_rows / self.temperature).T
         return self._softcapped(own)
 
+    @property
+    def softcap(self) -> float | None:
+        """What the final logits are capped at (Gemma 2); None for most models."""
+        return getattr(self.config, "final_logit_softcapping", None) or None
+
     def _softcapped(self, logits: Tensor) -> Tensor:
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if not cap else torch.tanh(logits / cap) * cap
+        cap = self.softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def gate_tensors(self) -> GateTensors | None:
         """Generators of every layer, detached copies; None without gates."""

@@ -15,6 +15,9 @@ COMMANDS: Final = {
     "export": LazyCommand(
         "so8t_train.cli.export", "export", "Fold a run into one GGUF per quantization."
     ),
+    "families": LazyCommand(
+        "so8t_train.cli.families", "families", "List the model families that can be a base."
+    ),
     "fit": LazyCommand("so8t_train.cli.fit", "fit", "Train CONFIG (YAML) into a run directory."),
 }
 

@@ -1,16 +1,26 @@
-"""Make tiny random Llama, Qwen2 and Qwen3 directories with a real byte-level BPE tokenizer."""
+"""Make tiny random model directories of every family, with a real tokenizer of the usual kind."""
 
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
+from support.tiny_hf_sentencepiece import Flavour, sentencepiece_json
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
-Family = Literal["llama", "qwen2", "qwen3"]
+Family = Literal["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "smollm3"]
+_LAYERS = {"gemma3_text": 7, "smollm3": 5}
+"""As many as it takes to have a layer of every kind."""
+_SENTENCEPIECE: dict[Family, Flavour] = {
+    "mistral": "llama",
+    "phi3": "phi3",
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
+}
+"""Families whose releases have such a vocabulary; the others' is byte-level."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -20,7 +30,7 @@ CHAT_TEMPLATE = (
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (PAD, BOS, EOS)
 VOCABULARY = 448
-"""Tokens of the tokenizer: 3 special ones, 256 bytes, and 189 merges."""
+"""Tokens of the tokenizer: 3 special ones, 256 bytes, and 189 letters and merges."""
 
 _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -68,30 +78,40 @@ def tiny_config(
     family: Family, hidden: int, layers: int, tied: bool, vocabulary: int
 ) -> transformers.PretrainedConfig:
     """Grouped-query attention (4 heads, 2 for keys); any width, also one not divisible by 8."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden - 32,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": _LAYERS.get(family, layers),
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": hidden // 8 * 2,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": tied,
         "bos_token_id": SPECIAL_TOKENS.index(BOS),
         "eos_token_id": SPECIAL_TOKENS.index(EOS),
         "pad_token_id": SPECIAL_TOKENS.index(PAD),
     }
-    if family == "qwen3":
-        return transformers.Qwen3Config(**common)
-    if family == "qwen2":
-        return transformers.Qwen2Config(**common)
-    return transformers.LlamaConfig(**common)
+    size = hidden // 8 * 2
+    if family not in ("phi3", "smollm3"):
+        common["head_dim"] = size
+    if family == "mistral":
+        common["sliding_window"] = None
+    if family in ("gemma2", "gemma3_text"):
+        common |= {"query_pre_attn_scalar": size, "sliding_window": 24}
+    if family == "gemma2":
+        common |= {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 2.0}
+    return transformers.AutoConfig.for_model(family, **common)
 
 
 def save_tiny_tokenizer(directory: Path, family: Family = "llama") -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
-    Tokenizer.from_str(_tokenizer_json(family)).save(str(directory / "tokenizer.json"))
+    kind = _SENTENCEPIECE.get(family)
+    text = (
+        _tokenizer_json(family)
+        if kind is None
+        else sentencepiece_json(kind, SPECIAL_TOKENS, _CORPUS, VOCABULARY)
+    )
+    Tokenizer.from_str(text).save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -104,7 +124,7 @@ def save_tiny_tokenizer(directory: Path, family: Family = "llama") -> None:
 
 
 def pre_tokenizer(family: Family) -> pre_tokenizers.PreTokenizer:
-    """What llama.cpp calls ``smollm`` (llama) and ``qwen2`` (both Qwen families)."""
+    """What llama.cpp calls ``smollm`` (llama), ``qwen2`` (both Qwen families), ``smaug-bpe``."""
     if family == "llama":
         return pre_tokenizers.Sequence(
             [
@@ -112,15 +132,17 @@ def pre_tokenizer(family: Family) -> pre_tokenizers.PreTokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
+    digits = r"\p{N}{1,3}" if family == "smollm3" else r"\p{N}"
+    pattern = _QWEN2_PATTERN.replace(r"\p{N}|", f"{digits}|", 1)
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_QWEN2_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _tokenizer_json(family: Family) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer(family)

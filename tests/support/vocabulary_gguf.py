@@ -1,4 +1,4 @@
-"""Write a GGUF that holds a vocabulary and no tensors; llama.cpp loads it with ``vocab_only``."""
+"""Write GGUFs that hold a vocabulary and no tensors; llama.cpp loads them with ``vocab_only``."""
 
 import json
 from collections.abc import Sequence
@@ -6,6 +6,11 @@ from pathlib import Path
 
 from gguf import GGUFWriter, TokenType
 from support.tiny_hf import CHAT_TEMPLATE, EOS, SPECIAL_TOKENS, save_tiny_tokenizer
+
+from so8t_train.base_model import load_tokenizer, resolve_base
+from so8t_train.base_weights import read_base_weights
+from so8t_train.families import gguf_architecture
+from so8t_train.gguf_metadata import make_metadata
 
 
 def write_vocabulary_gguf(
@@ -48,6 +53,18 @@ def write_vocabulary_gguf(
     writer.add_eos_token_id(SPECIAL_TOKENS.index(EOS))
     if chat_template:
         writer.add_chat_template(chat_template)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_base_vocabulary(path: Path, base: Path) -> Path:
+    """Write the metadata that an export of a Hugging Face base would have, and no tensors."""
+    weights = read_base_weights(resolve_base(str(base)))
+    writer = GGUFWriter(path, gguf_architecture(weights.architecture))
+    make_metadata(writer, weights, load_tokenizer(weights.source))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -22,7 +22,8 @@ from so8t_train.base_weights import BaseWeights, read_base_weights
 from so8t_train.export import facts_of
 from so8t_train.gguf_export import check_gguf_base, fits_f16, write_gguf
 from so8t_train.gguf_layout import HeadCounts, gguf_name, hf_name, to_gguf_layout, to_hf_layout
-from so8t_train.gguf_metadata import rope_frequency_factors
+from so8t_train.gguf_rope import rope_tensors
+from so8t_train.gguf_settings import settings_of
 from so8t_train.gguf_vocabulary import vocabulary_of
 from so8t_train.merged_model import OpenRun, merged_weights, open_run
 
@@ -151,7 +152,7 @@ def test_tensors_are_the_merged_weights(qwen_run: OpenRun, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model_type": "gemma3_text"},
+        {"model_type": "granite"},
         {"hidden_act": "gelu"},
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
         {"use_sliding_window": True},
@@ -203,11 +204,10 @@ def test_llama3_frequencies_are_those_of_transformers(llama_base: Path, tmp_path
     config = transformers.AutoConfig.from_pretrained(tmp_path / "base")
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
-    factors = rope_frequency_factors(base)
-    assert factors is not None
+    factors = rope_tensors(settings_of(base))["rope_freqs.weight"]
     np.testing.assert_allclose(plain / factors, expected.numpy(), rtol=1e-5)
     assert factors.max() == pytest.approx(8.0)
-    assert rope_frequency_factors(read_base_weights(resolve_base(str(llama_base)))) is None
+    assert rope_tensors(settings_of(read_base_weights(resolve_base(str(llama_base))))) == {}
 
 
 def test_values_beyond_float16_are_named_or_kept_as_bfloat16(
