@@ -1,4 +1,4 @@
-"""Everything a change must pass: format, lint, types, import contracts, tests.
+"""Everything a change must pass: format, lint, types, import contracts, CI gate, tests.
 
 Run it from anywhere as ``python scripts/check.py`` in an environment with the extras reference and
 test. Arguments go to pytest.
@@ -21,6 +21,7 @@ def steps(pytest_arguments: Sequence[str]) -> dict[str, list[str]]:
         "lint": [sys.executable, "-m", "ruff", "check"],
         "import contracts": [str(TOOLS / "lint-imports")],
         "types": [sys.executable, "-m", "mypy"],
+        "reference model's CI gate": [sys.executable, str(ROOT / "scripts" / "gate_reference.py")],
         "tests": [sys.executable, "-m", "pytest", *pytest_arguments],
     }
 

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from so8t_eval.cases import Case
-from so8t_eval.labels import SEVERITY_ORDER
+from so8t_eval.labels import SEVERITY_ORDER, Verdict
 
 
 def stratified_sample(cases: Sequence[Case], n: int, seed: int) -> list[Case]:
@@ -13,19 +13,23 @@ def stratified_sample(cases: Sequence[Case], n: int, seed: int) -> list[Case]:
     Verdicts keep their shares to within one case, and none that occurs is left out when ``n``
     allows. The same seed and cases give the same sample.
     """
-    if n >= len(cases):
-        return list(cases)
+    return [cases[i] for i in sampled_places([case.verdict for case in cases], n, seed)]
+
+
+def sampled_places(verdicts: Sequence[Verdict], n: int, seed: int) -> list[int]:
+    """Return the places of the cases that ``stratified_sample`` takes, given their verdicts."""
+    if n >= len(verdicts):
+        return list(range(len(verdicts)))
     rng = random.Random(seed)  # noqa: S311 - a sample, not a secret
     strata = [
         stratum
-        for verdict in SEVERITY_ORDER
-        if (stratum := [i for i, case in enumerate(cases) if case.verdict == verdict])
+        for wanted in SEVERITY_ORDER
+        if (stratum := [i for i, verdict in enumerate(verdicts) if verdict == wanted])
     ]
     quotas = proportional_quotas([len(stratum) for stratum in strata], n)
-    chosen = [
+    return sorted(
         i for stratum, quota in zip(strata, quotas, strict=True) for i in rng.sample(stratum, quota)
-    ]
-    return [cases[i] for i in sorted(chosen)]
+    )
 
 
 def proportional_quotas(sizes: Sequence[int], n: int) -> list[int]:

@@ -4,12 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from so8t_eval.errors import CaseFileError, UsageError
 from so8t_eval.labels import Verdict
+from so8t_eval.line_sequence import byte_lines
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 
@@ -110,7 +111,7 @@ def content_hash(messages: tuple[Message, ...], policy: str | None) -> str:
 
 
 def load_cases(path: Path | str) -> list[Case]:
-    """Read every case of a JSONL file, in file order.
+    """Read every case of a JSONL file into memory, in file order.
 
     Raises:
         CaseFileError: missing, empty or non-UTF-8 file; a broken line, unknown field or verdict,
@@ -119,50 +120,73 @@ def load_cases(path: Path | str) -> list[Case]:
     source = Path(path)
     cases: list[Case] = []
     first_line_of: dict[str, int] = {}
-    for number, line in _lines(source):
-        case = _parse_case(source, number, line)
+    for number, _, case in read_cases(source):
         if case.id in first_line_of:
-            raise CaseFileError(
-                source,
-                number,
-                "id",
-                f"duplicate id {case.id!r}, first used on line "
-                f"{first_line_of[case.id]}; ids must be unique",
-            )
+            raise duplicate_id(source, number, case.id, first_line_of[case.id])
         first_line_of[case.id] = number
         cases.append(case)
     if not cases:
-        raise CaseFileError(source, None, None, "no cases; expected one JSON object per line")
+        raise no_cases(source)
     return cases
 
 
-def _lines(source: Path) -> Iterator[tuple[int, str]]:
+class ReadCase(NamedTuple):
+    """A case, the line it stands on (counted from 1) and the byte at which it begins."""
+
+    line: int
+    offset: int
+    case: Case
+
+
+def read_cases(source: Path) -> Iterator[ReadCase]:
+    """Yield the cases of a JSONL file, one at a time; ids may repeat.
+
+    Raises:
+        CaseFileError: the file cannot be read, or a line is not a case.
+    """
     try:
-        raw = source.read_bytes()
+        with source.open("rb") as stream:
+            for number, (offset, line) in enumerate(byte_lines(stream), start=1):
+                if line.strip():
+                    case = parse_case(source, number, line.removesuffix(b"\n"))
+                    yield ReadCase(number, offset, case)
     except FileNotFoundError as error:
         raise CaseFileError(
             source, None, None, "no such file; give the path of a JSONL file"
         ) from error
     except OSError as error:
         raise CaseFileError(source, None, None, f"cannot be read: {error.strerror}") from error
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise CaseFileError(
-                source,
-                number,
-                None,
-                f"not UTF-8 (byte 0x{line[error.start]:02x} at column "
-                f"{error.start + 1}); save the file as UTF-8",
-            ) from error
 
 
-def _parse_case(source: Path, number: int, line: str) -> Case:
+def duplicate_id(source: Path, line: int, case_id: str, first_line: int) -> CaseFileError:
+    """Return the error for an id that stands on two lines."""
+    problem = f"duplicate id {case_id!r}, first used on line {first_line}; ids must be unique"
+    return CaseFileError(source, line, "id", problem)
+
+
+def no_cases(source: Path) -> CaseFileError:
+    """Return the error for a file without a case."""
+    return CaseFileError(source, None, None, "no cases; expected one JSON object per line")
+
+
+def parse_case(source: Path, number: int | None, line: bytes) -> Case:
+    """Return the case on a line of a file.
+
+    Raises:
+        CaseFileError: it is not one; with the line and field.
+    """
     try:
-        value = json.loads(line)
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CaseFileError(
+            source,
+            number,
+            None,
+            f"not UTF-8 (byte 0x{line[error.start]:02x} at column "
+            f"{error.start + 1}); save the file as UTF-8",
+        ) from error
+    try:
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise CaseFileError(
             source, number, None, f"not valid JSON: {error.msg} at column {error.colno}"

@@ -1,14 +1,18 @@
 """Records: one backend's outcome on one case, and the JSON Lines file of a run's records."""
 
 import os
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal, NamedTuple, TextIO
+from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from so8t_eval.atomic_write import atomic_path
 from so8t_eval.errors import CaseFileError, DiskError, UsageError
 from so8t_eval.labels import INVALID, SEVERITY_ORDER, Verdict
+from so8t_eval.line_sequence import LineSequence, byte_lines
 
 _PROBABILITY_SUM_TOLERANCE = 1e-3
 """Room for half-precision runtimes; a wrong normalisation is off by far more."""
@@ -107,23 +111,30 @@ class ReadRecords(NamedTuple):
     torn: bool
 
 
-def append_record(stream: TextIO, record: Record) -> None:
-    """Append one JSON line and wait until it is on disk.
+def record_line(record: Record) -> bytes:
+    """Return a record's line in a records file, with its line end."""
+    return record.model_dump_json().encode("utf-8") + b"\n"
+
+
+def append_record(stream: BinaryIO, record: Record) -> int:
+    """Append one JSON line, wait until it is on disk, and return its length in bytes.
 
     Raises:
         DiskError: the line could not be written; the file may now end in a torn line.
     """
+    line = record_line(record)
     try:
-        stream.write(record.model_dump_json() + "\n")
+        stream.write(line)
         stream.flush()
         os.fsync(stream.fileno())
     except OSError as error:
         name = getattr(stream, "name", "records")
         raise DiskError(f"cannot append to {name}: {error.strerror or error}") from error
+    return len(line)
 
 
 def read_records(path: Path | str) -> ReadRecords:
-    """Read a records file, leaving out a last line that a crash cut short.
+    """Read a records file into memory, leaving out a last line that a crash cut short.
 
     Only a line without its line end can be torn, since the line end is written last.
 
@@ -131,30 +142,81 @@ def read_records(path: Path | str) -> ReadRecords:
         RecordFileError: the file cannot be read, or a line is not a record (named by file, line and
             field).
     """
+    read = [record for _, record in _scanned(path)]
+    torn = bool(read) and read[-1] is None
+    return ReadRecords([record for record in read if record is not None], torn)
+
+
+class IndexedRecords(NamedTuple):
+    """The records of a file, read again when asked for, and where a torn last line begins."""
+
+    records: LineSequence[Record]
+    torn_at: int | None
+
+
+def index_records(path: Path | str) -> IndexedRecords:
+    """Check a records file as ``read_records`` does, without keeping the records.
+
+    Raises:
+        RecordFileError: as ``read_records``.
+    """
+    offsets = array("q")
+    torn_at = None
+    for offset, record in _scanned(path):
+        if record is None:
+            torn_at = offset
+        else:
+            offsets.append(offset)
+    return IndexedRecords(records_at(path, offsets), torn_at)
+
+
+def records_at(path: Path | str, offsets: Iterable[int]) -> LineSequence[Record]:
+    """Return the records that begin at these bytes of a records file."""
+    return LineSequence(Path(path), offsets, Record.model_validate_json)
+
+
+def write_records(path: Path | str, runs: Iterable[Iterable[Record]]) -> list[LineSequence[Record]]:
+    """Write runs one after the other into a new records file; return where each is now.
+
+    The runs may be read from the file that this one replaces.
+
+    Raises:
+        DiskError: the file could not be written; an earlier one is as it was.
+    """
+    offsets_by_run: list[array[int]] = []
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        for records in runs:
+            offsets = array("q")
+            for record in records:
+                offsets.append(stream.tell())
+                stream.write(record_line(record))
+            offsets_by_run.append(offsets)
+    return [records_at(path, offsets) for offsets in offsets_by_run]
+
+
+def _scanned(path: Path | str) -> Iterator[tuple[int, Record | None]]:
+    """Yield each record and the byte it begins at, None for a torn last line."""
     try:
-        content = Path(path).read_bytes()
+        with Path(path).open("rb") as stream:
+            for number, (offset, line) in enumerate(byte_lines(stream), start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield offset, Record.model_validate_json(line)
+                except ValidationError as error:
+                    if line.endswith(b"\n"):
+                        raise _record_error(path, number, error) from error
+                    yield offset, None
     except OSError as error:
         problem = f"cannot read records: {error.strerror or error}"
         raise RecordFileError(path, None, None, problem) from error
-    records: list[Record] = []
-    lines = content.split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(Record.model_validate_json(line))
-        except ValidationError as error:
-            if number == len(lines):
-                return ReadRecords(records, torn=True)
-            raise _record_error(path, number, error) from error
-    return ReadRecords(records, torn=False)
 
 
 class RecordWriter:
     """Context manager that appends records to a file, each safe on disk before the next.
 
-    With ``resume`` the records already there are kept in ``existing`` (so the caller can skip their
-    cases) and a torn last line is cut off before the first append.
+    With ``resume`` the records already there are ``existing`` (so the caller can skip their cases)
+    and a torn last line is cut off before the first append.
 
     Raises, on entering:
         UsageError: the file already holds something and ``resume`` is false.
@@ -165,25 +227,29 @@ class RecordWriter:
     def __init__(self, path: Path | str, *, resume: bool = False) -> None:
         self.path = Path(path)
         self.resume = resume
-        self.existing: list[Record] = []
+        self.existing = records_at(self.path, ())
         self.was_torn = False
-        self._stream: TextIO | None = None
+        self._stream: BinaryIO | None = None
+        self._end = 0
 
     def __enter__(self) -> "RecordWriter":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and self.path.stat().st_size > 0:
                 self._keep_existing()
-            self._stream = self.path.open("a", encoding="utf-8", newline="\n")
+            self._stream = self.path.open("ab")
+            self._end = self._stream.tell()
         except OSError as error:
             raise DiskError(f"cannot write {self.path}: {error.strerror or error}") from error
         return self
 
-    def append(self, record: Record) -> None:
-        """Append one record; see ``append_record``."""
+    def append(self, record: Record) -> int:
+        """Append one record (see ``append_record``) and return the byte it begins at."""
         if self._stream is None:
             raise ValueError(f"{self.path} is not open; use RecordWriter in a with statement")
-        append_record(self._stream, record)
+        begin = self._end
+        self._end += append_record(self._stream, record)
+        return begin
 
     def __exit__(
         self,
@@ -205,15 +271,13 @@ class RecordWriter:
                 f"{self.path}: expected a new file, found earlier records; "
                 "resume that run or choose another output directory"
             )
-        self.existing, self.was_torn = read_records(self.path)
-        content = self.path.read_bytes()
-        if content.endswith(b"\n"):
-            return
+        self.existing, torn_at = index_records(self.path)
+        self.was_torn = torn_at is not None
         with self.path.open("rb+") as stream:
-            if self.was_torn:
-                stream.truncate(content.rfind(b"\n") + 1)
-            else:
-                stream.seek(0, os.SEEK_END)
+            stream.seek(-1, os.SEEK_END)
+            if torn_at is not None:
+                stream.truncate(torn_at)
+            elif stream.read() != b"\n":
                 stream.write(b"\n")
             os.fsync(stream.fileno())
 

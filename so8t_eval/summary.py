@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from so8t_eval.agreement import compare_runs, flip_order, records_by_id
+from so8t_eval.agreement import Agreement, compare_runs, flip_order
 from so8t_eval.atomic_write import atomic_write_text
 from so8t_eval.errors import UsageError
 from so8t_eval.intervals import Interval, wilson
@@ -20,10 +20,10 @@ from so8t_eval.metrics import (
     compute_metrics,
     confusion,
     latency_quantiles,
-    measured_latencies,
     slice_figures,
     slice_metrics,
 )
+from so8t_eval.record_pass import RecordPass, aligned_parts, pass_over
 from so8t_eval.records import Record
 from so8t_eval.summary_schema import (
     SCHEMA,
@@ -60,7 +60,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run, the input of a summary.
+    """One finished run, the input of a summary. ``records`` may be read from disk at each pass.
 
     ``model`` is the name to display; ``cases_per_s`` the batched throughput and ``wall_s`` the
     duration of the whole run, each None when not measured; ``settings`` what the backend ran with.
@@ -94,13 +94,17 @@ def build_summary(
     """
     if not runs:
         raise UsageError("expected at least one run to summarise, found none")
-    entries = [_run_entry(run, cases.n, seed, n_resamples) for run in runs]
-    comparison = _comparison(runs, entries) if len(runs) > 1 else None
+    passes = [pass_over(run.records) for run in runs]
+    entries = [
+        _run_entry(run, found, cases.n, seed, n_resamples)
+        for run, found in zip(runs, passes, strict=True)
+    ]
+    comparison = _comparison(runs, passes, entries) if len(runs) > 1 else None
     summary = Summary(
         schema_version=SCHEMA_VERSION,
         cases=cases,
         runs=entries,
-        slices={dimension: _slices(runs, dimension) for dimension in SLICE_DIMENSIONS},
+        slices={dimension: _slices(passes, dimension) for dimension in SLICE_DIMENSIONS},
         comparison=comparison,
         seed=seed,
         versions=dict(versions),
@@ -139,35 +143,35 @@ def write_summary(path: Path | str, summary: Mapping[str, object]) -> None:
     atomic_write_text(path, text + "\n")
 
 
-def _run_entry(run: RunResult, n_cases: int, seed: int, n_resamples: int) -> RunEntry:
-    records, name = run.records, f"{run.backend} {run.model}"
-    records_by_id(records)
-    if len(records) != n_cases:
+def _run_entry(
+    run: RunResult, found: RecordPass, n_cases: int, seed: int, n_resamples: int
+) -> RunEntry:
+    name = f"{run.backend} {run.model}"
+    if repeat := found.ids.first_repeat():
         raise UsageError(
-            f"{name}: expected {n_cases} records, one per case, found {len(records)}; "
+            f"{name}: expected one record per case, found two of {run.records[repeat.place].id!r}"
+        )
+    if len(found.alike) != n_cases:
+        raise UsageError(
+            f"{name}: expected {n_cases} records, one per case, found {len(found.alike)}; "
             "finish the run before it is summarised"
         )
-    _single(name, "model", {record.model_sha256 for record in records} | {run.model_sha256})
-    metrics = compute_metrics(records, np.random.default_rng(seed), n_resamples)
-    latencies = latency_quantiles(measured_latencies(records))
+    _single(name, "model", found.models | {run.model_sha256})
+    metrics = compute_metrics(run.records, np.random.default_rng(seed), n_resamples)
     return RunEntry(
         backend=run.backend,
         model=run.model,
         model_sha256=run.model_sha256,
-        protocol_hash=_single(name, "protocol", {record.protocol_hash for record in records}),
+        protocol_hash=_single(name, "protocol", found.protocols),
         metrics=MetricsEntry(
             **{key: _interval(value) for key, value in vars(metrics).items()},
         ),
-        confusion=_confusion_entry(records),
-        latency_ms=LatencyEntry(**latencies._asdict()),
+        confusion=_confusion_entry(found.alike),
+        latency_ms=LatencyEntry(**latency_quantiles(found.latencies_ms)._asdict()),
         cases_per_s=run.cases_per_s,
         wall_s=run.wall_s,
-        errors=[
-            ErrorEntry(id=record.id, error=record.error or "no verdict")
-            for record in records
-            if not record.is_valid
-        ],
-        split_cases=sum(record.windows > 1 for record in records),
+        errors=[ErrorEntry(id=id_, error=error) for id_, error in found.errors.items()],
+        split_cases=found.split_cases,
         settings=dict(run.settings),
     )
 
@@ -192,8 +196,8 @@ def _confusion_entry(records: Sequence[Record]) -> ConfusionEntry:
     return ConfusionEntry(allow=allow, escalate=escalate, refuse=refuse)
 
 
-def _slices(runs: Sequence[RunResult], dimension: SliceDimension) -> dict[str, list[SliceEntry]]:
-    per_run = [slice_metrics(run.records, dimension) for run in runs]
+def _slices(passes: Sequence[RecordPass], dimension: SliceDimension) -> dict[str, list[SliceEntry]]:
+    per_run = [slice_metrics(found.alike, dimension) for found in passes]
     names = sorted(set().union(*per_run))
     no_records = slice_figures(())  # runs of the same content may differ in tags or categories
     return {
@@ -211,20 +215,24 @@ def _slice_entry(metrics: SliceMetrics) -> SliceEntry:
     )
 
 
-def _comparison(runs: Sequence[RunResult], entries: Sequence[RunEntry]) -> ComparisonEntry:
-    reference = runs[0].records
-    agreements = [compare_runs(reference, run.records) for run in runs[1:]]
-    verdicts = [{record.id: record for record in run.records} for run in runs]
-    agreed = sum(
-        record.is_valid and all(run[record.id].verdict == record.verdict for run in verdicts)
-        for record in reference
-    )
-    flips = [(flip, b) for b, a in enumerate(agreements, start=1) for flip in a.flips]
-    maxima = [a.max_probability_difference for a in agreements]
-    sums = [(a.mean_probability_difference or 0.0) * a.n_probability_pairs for a in agreements]
-    n_pairs = sum(a.n_probability_pairs for a in agreements)
+def _comparison(
+    runs: Sequence[RunResult], passes: Sequence[RecordPass], entries: Sequence[RunEntry]
+) -> ComparisonEntry:
+    agreed = 0
+    compared: list[tuple[int, Agreement]] = []  # with the place of the second run
+    for parts in aligned_parts([run.records for run in runs], [found.ids for found in passes]):
+        compared += [(b, compare_runs(parts[0], part)) for b, part in enumerate(parts[1:], start=1)]
+        verdicts = [{record.id: record.verdict for record in part} for part in parts]
+        agreed += sum(
+            record.is_valid and all(run[record.id] == record.verdict for run in verdicts)
+            for record in parts[0]
+        )
+    flips = [(flip, b) for b, agreement in compared for flip in agreement.flips]
+    maxima = [a.max_probability_difference for _, a in compared]
+    sums = [(a.mean_probability_difference or 0.0) * a.n_probability_pairs for _, a in compared]
+    n_pairs = sum(a.n_probability_pairs for _, a in compared)
     return ComparisonEntry(
-        agreement=_interval(wilson(agreed, len(reference))),
+        agreement=_interval(wilson(agreed, len(passes[0].alike))),
         max_probability_difference=max((m for m in maxima if m is not None), default=None),
         mean_probability_difference=sum(sums) / n_pairs if n_pairs else None,
         same_protocol=len({entry.protocol_hash for entry in entries}) == 1,

@@ -29,8 +29,8 @@ from so8t_eval.backends.registry import (
 from so8t_eval.backends.server_settings import ServerModel, ServerSettings
 from so8t_eval.backends.token_id_judge import TokenIdJudge
 from so8t_eval.binary_scores import BINARY_TAG
-from so8t_eval.case_sampling import stratified_sample
-from so8t_eval.cases import Case, load_cases
+from so8t_eval.case_file import open_cases
+from so8t_eval.cases import Case
 from so8t_eval.cli.model_options import (
     MODEL_HELP,
     operating_point_option,
@@ -43,13 +43,14 @@ from so8t_eval.cli.shared_options import limit_option, output_files_option, seed
 from so8t_eval.cli_errors import set_resume_command
 from so8t_eval.errors import UsageError
 from so8t_eval.file_hash import file_sha256
+from so8t_eval.judged_records import finished_records
 from so8t_eval.markdown_report import render_report_md
 from so8t_eval.operating_point import BALANCED
-from so8t_eval.records import RecordWriter
-from so8t_eval.runner import finished_records, run_judge
+from so8t_eval.records import RecordWriter, write_records
+from so8t_eval.runner import DEFAULT_WINDOW_CASES, run_judge_on_disk
 from so8t_eval.scoring_order import in_order
 from so8t_eval.summary import RunResult, build_summary, write_summary
-from so8t_eval.summary_schema import CasesEntry, MachineEntry
+from so8t_eval.summary_schema import CasesEntry, MachineEntry, parse_summary
 from so8t_eval.terminal_table import render_summary
 from so8t_eval.token_parity import check_token_ids
 
@@ -73,10 +74,11 @@ class RunPlan(NamedTuple):
     """Everything a run needs to know."""
 
     case_file: Path
-    cases: list[Case]
+    cases: Sequence[Case]
     models: list[ModelSpec | ServerModel]
     seed: int
     latency_cases: int
+    window_cases: int
     log_dir: Path
     resume: bool
     retry_errors: bool
@@ -105,6 +107,14 @@ class RunPlan(NamedTuple):
     metavar="N",
     help="Cases whose single-stream latency is measured.",
 )
+@click.option(
+    "--window-cases",
+    type=click.IntRange(min=1),
+    default=DEFAULT_WINDOW_CASES,
+    show_default=True,
+    metavar="N",
+    help="Cases held in memory and sorted for shared prefixes at a time.",
+)
 @runtime_options
 @operating_point_option
 @server_options
@@ -132,6 +142,7 @@ def run(
     limit: int | None,
     seed: int,
     latency_cases: int,
+    window_cases: int,
     threads: int | None,
     batch_tokens: int | None,
     max_prompt_tokens: int,
@@ -156,7 +167,7 @@ def run(
         raise UsageError("--retry-errors: add --resume and name the run with --log-dir DIR")
     if resume and log_dir is None:
         raise UsageError("--resume: name the directory of the run to go on with: --log-dir DIR")
-    all_cases = load_cases(cases)
+    opened = open_cases(cases, limit, seed)
     specs = [parse_judge(text) for text in models]
     server = server_settings(
         verdict_mode,
@@ -171,10 +182,11 @@ def run(
     set_resume_command(_resume_command(directory))
     plan = RunPlan(
         case_file=cases,
-        cases=stratified_sample(all_cases, limit, seed) if limit else all_cases,
+        cases=opened,
         models=specs or [*reference_models(report_line)],
         seed=seed,
         latency_cases=latency_cases,
+        window_cases=window_cases,
         log_dir=directory,
         resume=resume,
         retry_errors=retry_errors,
@@ -184,7 +196,7 @@ def run(
     )
     summary = execute(plan)
     _write_results(summary, directory, outputs)
-    if any(BINARY_TAG in case.tags for case in plan.cases):
+    if BINARY_TAG in parse_summary(summary).slices["tag"]:
         click.echo(f"Cases with two-valued ground truth: so8t-eval binary {directory}", err=True)
 
 
@@ -219,11 +231,12 @@ def execute(plan: RunPlan) -> dict[str, object]:
         for judge in judges:
             versions[judge.info.backend] = judge.info.version
             results.append(
-                run_judge(
+                run_judge_on_disk(
                     judge,
                     plan.cases,
                     seed=plan.seed,
                     latency_cases=plan.latency_cases,
+                    window_cases=plan.window_cases,
                     writer=writer,
                     progress=progress,
                     already_done=finished_records(
@@ -232,7 +245,9 @@ def execute(plan: RunPlan) -> dict[str, object]:
                 )
             )
             judge.close()
-    _rewrite_records(plan.log_dir / RECORDS, results)
+    # Exactly this run's records, latencies included, in the order of models and cases.
+    stored = write_records(plan.log_dir / RECORDS, [result.records for result in results])
+    results = [replace(result, records=kept) for result, kept in zip(results, stored, strict=True)]
     return _summary(plan, _distinct_names(results), versions)
 
 
@@ -290,12 +305,6 @@ def _write_results(summary: dict[str, object], directory: Path, outputs: Sequenc
             atomic_write_text(path, report)
     render_summary(summary, Console())
     click.echo(f"Records, summary and report: {directory}", err=True)
-
-
-def _rewrite_records(path: Path, results: Sequence[RunResult]) -> None:
-    """Leave exactly this run's records, latencies included, in the order of models and cases."""
-    lines = [record.model_dump_json() + "\n" for result in results for record in result.records]
-    atomic_write_text(path, "".join(lines))
 
 
 def _distinct_names(results: Sequence[RunResult]) -> list[RunResult]:

@@ -85,6 +85,20 @@ def test_deterministic_records_survive_an_interruption_bit_for_bit(
     assert settings["scoring"] == "single"
 
 
+def test_windows_change_no_deterministic_record(
+    tmp_path: Path, case_file: Path, model: str
+) -> None:
+    command = [case_file, "--model", model, "--deterministic", "--latency-cases", "0"]
+    for window in (1000, 5):
+        log_dir = tmp_path / str(window)
+        result = invoke(*command, "--window-cases", window, "--log-dir", log_dir)
+        assert result.exit_code == 0, result.stderr
+        run = json.loads((log_dir / "summary.json").read_text())["runs"][0]
+        assert run["settings"]["window_cases"] == window
+    whole, parts = ((tmp_path / name / "records.jsonl").read_bytes() for name in ("1000", "5"))
+    assert whole == parts
+
+
 def test_limit_takes_a_stratified_seeded_sample(
     tmp_path: Path, case_file: Path, model: str
 ) -> None:

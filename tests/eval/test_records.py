@@ -185,7 +185,7 @@ def test_resuming_after_a_crash_leaves_whole_lines_only(tmp_path, cut):
 
 def test_resuming_without_a_file_starts_one(tmp_path):
     with RecordWriter(tmp_path / "records.jsonl", resume=True) as writer:
-        assert writer.existing == []
+        assert list(writer.existing) == []
         writer.append(RECORDS[0])
     assert read_records(tmp_path / "records.jsonl").records == RECORDS[:1]
 
@@ -210,6 +210,6 @@ def test_an_unwritable_path_is_a_disk_error(tmp_path):
 
 def test_append_record_writes_one_line(tmp_path):
     path = tmp_path / "records.jsonl"
-    with path.open("w", encoding="utf-8") as stream:
+    with path.open("wb") as stream:
         append_record(stream, make_record("allow", "allow", category="two\nlines"))
     assert path.read_bytes().count(b"\n") == 1

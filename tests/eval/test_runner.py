@@ -12,8 +12,9 @@ from so8t_eval.backends.llamacpp import LlamaCppBackend
 from so8t_eval.backends.token_id_judge import TokenIdJudge
 from so8t_eval.cases import Case
 from so8t_eval.errors import BackendError
-from so8t_eval.records import Record, read_records
-from so8t_eval.runner import finished_records
+from so8t_eval.judged_records import finished_records
+from so8t_eval.line_sequence import LineSequence
+from so8t_eval.records import Record, index_records, read_records, record_line
 from so8t_eval.summary import RunResult
 
 POISON = "\x07"
@@ -46,6 +47,11 @@ def run(
 ) -> RunResult:
     judge = TokenIdJudge(backend)
     return recorded_run(judge, cases, path, resume=resume, latency_cases=latency_cases)
+
+
+def stored(records: Sequence[Record], path: Path) -> LineSequence[Record]:
+    path.write_bytes(b"".join(map(record_line, records)))
+    return index_records(path).records
 
 
 def by_id(records: Sequence[Record]) -> dict[str, Record]:
@@ -100,8 +106,9 @@ def test_records_of_another_model_are_not_taken_over(
     run(tiny_backend, make_cases(3), tmp_path / "r.jsonl")
     records = read_records(tmp_path / "r.jsonl").records
     others = [record.model_copy(update={"model_sha256": "0" * 64}) for record in records]
-    assert finished_records(others, tiny_backend) == {}
-    assert len(finished_records(records, tiny_backend)) == 3
+    path = tmp_path / "stored.jsonl"
+    assert finished_records(stored(others, path), tiny_backend) == {}
+    assert len(finished_records(stored(records, path), tiny_backend)) == 3
 
 
 def test_records_of_another_runtime_or_setting_are_judged_again(
@@ -118,7 +125,7 @@ def test_records_of_another_runtime_or_setting_are_judged_again(
     assert info._replace(settings={**info.settings, "threads": 7}).runtime_hash in hashes
     records = read_records(tmp_path / "r.jsonl").records
     older = [r.model_copy(update={"runtime_hash": changed[0].runtime_hash}) for r in records]
-    assert finished_records(older, tiny_backend) == {}
+    assert finished_records(stored(older, tmp_path / "stored.jsonl"), tiny_backend) == {}
 
 
 def test_failed_cases_are_finished_unless_they_are_to_be_tried_again(
@@ -128,8 +135,9 @@ def test_failed_cases_are_finished_unless_they_are_to_be_tried_again(
     good, *others = read_records(tmp_path / "r.jsonl").records
     failure = {"verdict": "invalid", "error": "out of memory", "probabilities": None}
     failed = [r.model_copy(update=failure | {"logits": None}) for r in others]
-    assert len(finished_records([good, *failed], tiny_backend)) == 3
-    kept = finished_records([good, *failed], tiny_backend, retry_errors=True)
+    both = stored([good, *failed], tmp_path / "stored.jsonl")
+    assert len(finished_records(both, tiny_backend)) == 3
+    kept = finished_records(both, tiny_backend, retry_errors=True)
     assert list(kept) == [good.content_hash]
 
 

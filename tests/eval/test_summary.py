@@ -69,6 +69,22 @@ def test_two_runs_are_compared():
     assert comparison["mean_probability_difference"] == pytest.approx(2 * 1.4 / 12)
 
 
+def test_the_order_of_a_run_changes_no_comparison():
+    backwards = make_run(SECOND.records[::-1])
+    in_order = make_summary(FIRST, SECOND, FIRST)["comparison"]
+    assert make_summary(FIRST, backwards, FIRST)["comparison"] == in_order
+
+
+def test_many_cases_are_compared_in_parts(monkeypatch):
+    monkeypatch.setattr("so8t_eval.record_pass._PART", 2)
+    in_parts = make_summary(FIRST, SECOND)["comparison"]
+    monkeypatch.undo()
+    at_once = make_summary(FIRST, SECOND)["comparison"]
+    means = [part.pop("mean_probability_difference") for part in (in_parts, at_once)]
+    assert in_parts == at_once
+    assert means[0] == pytest.approx(means[1])
+
+
 def test_three_runs_agree_only_where_all_do():
     comparison = make_summary(FIRST, FIRST, SECOND)["comparison"]
     assert comparison["agreement"]["value"] == 2 / 5

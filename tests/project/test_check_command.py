@@ -21,13 +21,14 @@ def check() -> ModuleType:
     return module
 
 
-def test_it_runs_format_lint_contracts_types_and_tests(check: ModuleType) -> None:
+def test_it_runs_format_lint_contracts_types_gate_and_tests(check: ModuleType) -> None:
     commands = check.steps(["-q"])
     text = {name: " ".join(command[1:]) or command[0] for name, command in commands.items()}
     assert text["format"] == "-m ruff format --check"
     assert text["lint"] == "-m ruff check"
     assert text["import contracts"].endswith("lint-imports")
     assert text["types"] == "-m mypy"
+    assert text["reference model's CI gate"].endswith("gate_reference.py")
     assert text["tests"] == "-m pytest -q"
 
 

@@ -5,22 +5,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from gguf import GGUFReader
 
+from so8t_eval.backends.gguf_header import read_gguf_metadata, so8t_keys
 from so8t_eval.backends.registry import ModelSpec
 from so8t_eval.drift_ladder import Ladder, LadderModel
 
 
 def swap_allow_and_refuse(source: Path, target: Path) -> Path:
-    """Copy a float32 GGUF of untied embeddings so that it says refuse for allow and vice versa."""
+    """Copy a GGUF of any tensor type so that it says refuse for allow and vice versa.
+
+    The verdict rows are exchanged in the output matrix, or in tied embeddings.
+    """
+    keys = so8t_keys(source, read_gguf_metadata(source))
     content = bytearray(source.read_bytes())
-    (output,) = (t for t in GGUFReader(source).tensors if t.name == "output.weight")
-    start, size = int(output.data_offset), int(output.n_bytes)
-    rows = np.frombuffer(content[start : start + size], dtype=np.float32)
-    rows = rows.reshape(tuple(reversed(output.shape.tolist()))).copy()
-    rows[[-3, -1]] = rows[[-1, -3]]
-    content[start : start + size] = rows.tobytes()
+    tensors = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
+    matrix = tensors.get("output.weight", tensors["token_embd.weight"])
+    start, row_bytes = int(matrix.data_offset), int(matrix.n_bytes) // int(matrix.shape[1])
+    allow, _, refuse = (
+        slice(start + token * row_bytes, start + (token + 1) * row_bytes)
+        for token in keys.verdict_tokens
+    )
+    content[allow], content[refuse] = content[refuse], content[allow]
     target.write_bytes(content)
     return target
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from so8t_eval.backends.judge import Judge
 from so8t_eval.cases import Case
+from so8t_eval.judged_records import finished_records
 from so8t_eval.records import RecordWriter
-from so8t_eval.runner import Silent, finished_records, run_judge
+from so8t_eval.runner import Silent, run_judge
 from so8t_eval.summary import RunResult
 
 
