@@ -44,6 +44,8 @@ class Checkpoint(NamedTuple):
     """Id of the session that wrote it."""
     emergency: bool = False
     """Written because training failed, not because it was due."""
+    processes: int = 1
+    """How many computed its steps together."""
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -75,6 +77,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "first_loss": checkpoint.first_loss,
             "session": checkpoint.session,
             "emergency": checkpoint.emergency,
+            "processes": checkpoint.processes,
             "sha256": file_sha256(temporary / _TENSORS),
         }
         state["state_sha256"] = _state_sha256(state)
@@ -140,6 +143,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         first_loss=first_loss,
         session=str(state.get("session", "")),
         emergency=bool(state.get("emergency")),
+        processes=int(state.get("processes", 1)),
     )
 
 

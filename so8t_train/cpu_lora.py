@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from so8t_train.data_parallel import local_processes
 from so8t_train.safety_model import linear_8bit_layers
 
 MOST_MEMORY_SHARE: Final = 0.5
@@ -86,7 +87,9 @@ def fuse_cpu_lora(model: nn.Module, dtype: torch.dtype) -> bool:
 
 def fits_in_memory(n_bytes: int) -> bool:
     """Whether dequantized weights of this size leave enough of the free memory."""
-    return bool(n_bytes <= MOST_MEMORY_SHARE * psutil.virtual_memory().available)
+    return bool(
+        n_bytes * local_processes() <= MOST_MEMORY_SHARE * psutil.virtual_memory().available
+    )
 
 
 def linear_weights(module: nn.Module) -> list[Tensor]:

@@ -43,6 +43,8 @@ def saved_on_failure(trainer: Trainer, news: Callable[[str], None]) -> Iterator[
 
 def _saved(trainer: Trainer) -> str:
     """Save if there is something to save; one sentence on what is there to resume from."""
+    if not trainer.parallel.is_main:
+        return "the main process keeps what there is"
     if trainer.boundary is None:
         return (
             "the failure fell into the update of the weights, which is not saved half done; the "

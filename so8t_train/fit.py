@@ -4,7 +4,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from so8t_train.continuation import (
     origin_directory,
     start_from,
 )
+from so8t_train.data_parallel import DataParallel, join_processes
 from so8t_train.dev_evaluation import (
     DevResult,
     dev_logits,
@@ -52,6 +53,8 @@ __all__ = ["MEMORY_LOG", "TRAIN_LOG", "FitReporter", "FitResult", "Resume", "com
 Resume = bool | Literal["auto"]
 """False: start. True: continue an interrupted fit. auto: whichever of the two there is to do; a
 finished fit is done."""
+_ECHO_S: Final = 5.0
+"""Seconds in which a launcher's copy of a stop signal arrives."""
 
 
 class FitResult(NamedTuple):
@@ -83,15 +86,19 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
             there was a whole step to save.
     """
     started = time.monotonic()
-    session = secrets.token_hex(4)
+    parallel = join_processes(config)
+    config = parallel.whole_step(config)
+    if not parallel.is_main:
+        reporter = FitReporter(lambda _news: None, lambda _report, _memory: None)
+    session = parallel.from_main(lambda: secrets.token_hex(4))
     directory = config.output_dir
-    if resume == "auto" and (directory / MANIFEST).is_file():
-        return _finished(config, reporter)
+    if resume == "auto" and parallel.from_main((directory / MANIFEST).is_file):
+        return parallel.from_main(lambda: _finished(config, reporter))
     _check_directory(directory, resume)
-    _clear_leftovers(directory)
+    parallel.from_main(lambda: _clear_leftovers(directory))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    start = _load(config, reporter)
+    start = _load(config, reporter, parallel)
     model, dev = start.model, start.dev.examples
     trainer = Trainer(
         model,
@@ -101,44 +108,60 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
         run_directory=directory,
         start_sha256=start.origin.sha256 if start.origin else start.source.sha256,
         session=session,
+        parallel=parallel,
     )
-    before = _dev_logits(model, dev) if start.origin else None
+    before = _dev_logits(model, dev) if start.origin and parallel.is_main else None
     resumed = bool(resume) and trainer.resume(reporter.news, start_over=resume == "auto")
-    _make_directory(directory)
-    logs = TrainingLog(
-        directory,
-        step=trainer.step,
-        session=session,
-        memory=trainer.memory,
-        cases=config.cases_per_step,
+    parallel.require_same(
+        lambda: (trainer.config_hash, trainer.step),
+        "training and step",
+        "every process needs the same files and sees the same output_dir",
     )
+    logs = parallel.on_main(lambda: _open_logs(trainer))
     if resumed:
         reporter.news(
             f"resumed after step {trainer.step} of {trainer.total_steps} (session {session})"
         )
 
     def on_step(report: StepReport) -> None:
-        reporter.on_step(report, logs.write(report))
+        if logs is not None:  # this is the main process
+            reporter.on_step(report, logs.write(report))
 
-    with stop_signals() as stop, saved_on_failure(trainer, reporter.news):
+    echo_s = _ECHO_S if parallel.processes > 1 else 0.0
+    with stop_signals(echo_s) as stop, saved_on_failure(trainer, reporter.news):
         trainer.run(TrainingHooks(on_step, stop))
     reporter.news("calibrating on the dev split and saving")
-    after = _dev_logits(model, dev)
-    # A temperature fitted to capped logits cannot be folded into rows that are capped afterwards.
-    hold = config.freeze == "safe" or model.softcap is not None
-    result = _calibrate(model, after, dev, hold=hold)
-    seconds = time.monotonic() - started
-    training = _training_summary(config, trainer, logs, dev=result, resumed=resumed)
-    moved = None
-    if start.origin is not None:
-        moved = movement(start.origin, model.gate_tensors(), dev, before, after)
-        training |= {"started_from": start.origin.sha256, "moved": moved._asdict()}
-    points = _points(model, after, dev)
-    save_run(directory, model, start.tokenizer, start.source, config, training, points)
-    from so8t_train.model_card import write_model_card
 
-    write_model_card(directory, config.train_file, config.dev_file)
-    return FitResult(directory, trainer.step, seconds, result, model.temperature, moved)
+    def finish() -> FitResult:
+        after = _dev_logits(model, dev)
+        # A temperature fitted to capped logits cannot be folded into rows capped afterwards.
+        hold = config.freeze == "safe" or model.softcap is not None
+        result = _calibrate(model, after, dev, hold=hold)
+        seconds = time.monotonic() - started
+        training = _training_summary(config, trainer, logs, dev=result, resumed=resumed)
+        moved = None
+        if start.origin is not None:
+            moved = movement(start.origin, model.gate_tensors(), dev, before, after)
+            training |= {"started_from": start.origin.sha256, "moved": moved._asdict()}
+        points = _points(model, after, dev)
+        save_run(directory, model, start.tokenizer, start.source, config, training, points)
+        from so8t_train.model_card import write_model_card
+
+        write_model_card(directory, config.train_file, config.dev_file)
+        return FitResult(directory, trainer.step, seconds, result, model.temperature, moved)
+
+    return parallel.from_main(finish)
+
+
+def _open_logs(trainer: Trainer) -> TrainingLog:
+    _make_directory(trainer.run_directory)
+    return TrainingLog(
+        trainer.run_directory,
+        step=trainer.step,
+        session=trainer.session,
+        memory=trainer.memory,
+        cases=trainer.config.cases_per_step,
+    )
 
 
 def _finished(config: FitConfig, reporter: FitReporter) -> FitResult:
@@ -181,7 +204,7 @@ class _Start(NamedTuple):
     """The run that is continued, if one is."""
 
 
-def _load(config: FitConfig, reporter: FitReporter) -> _Start:
+def _load(config: FitConfig, reporter: FitReporter, parallel: DataParallel) -> _Start:
     source = resolve_base(config.base_model)
     directory = origin_directory(config)
     if config.freeze == "safe" and directory is None:
@@ -196,7 +219,7 @@ def _load(config: FitConfig, reporter: FitReporter) -> _Start:
     dtype = compute_dtype(config)
     precision = "8-bit" if config.load_in_8bit else "float"
     reporter.news(f"loading {source.name} ({precision} base, {str(dtype).removeprefix('torch.')})")
-    model, tokenizer = build_safety_model(source, config, dtype)
+    model, tokenizer = build_safety_model(source, parallel.placed(config), dtype)
     origin = None
     if directory is not None and manifest is not None:
         origin = start_from(directory, manifest, model)
@@ -321,7 +344,7 @@ def _check_directory(directory: Path, resume: Resume) -> None:
 def _training_summary(
     config: FitConfig,
     trainer: Trainer,
-    logs: TrainingLog,
+    logs: TrainingLog | None,
     *,
     dev: DevResult | None,
     resumed: bool,
@@ -330,10 +353,11 @@ def _training_summary(
         "steps": trainer.step,
         "cases": len(trainer.examples),
         "cases_per_step": config.cases_per_step,
-        "seconds": round(logs.step_seconds, 1),
+        "seconds": 0.0 if logs is None else round(logs.step_seconds, 1),
         "resumed": resumed,
         "session": trainer.session,
-        "sessions": logs.sessions,
+        "sessions": [] if logs is None else logs.sessions,
+        "processes": trainer.parallel.processes,
         "device": str(trainer.model.device),
         "threads": torch.get_num_threads(),
         "trainable_parameters": sum(p.numel() for p in trainer.names),

@@ -41,8 +41,9 @@ class SafetyModel(nn.Module):
         self.causal_lm = causal_lm
         self.gates = gates  # registered inside the attention modules already
         self.bank = RotationGateBank(gates) if gates else None
-        self.verdict_rows = nn.Parameter(verdict_rows.float().clone())
-        self.verdict_input_rows = None if tied else nn.Parameter(verdict_rows.float().clone())
+        rows = verdict_rows.float().to(_device_of(self.base.get_output_embeddings()))
+        self.verdict_rows = nn.Parameter(rows.clone())
+        self.verdict_input_rows = None if tied else nn.Parameter(rows.clone())
         self.temperature = 1.0
 
     @property
@@ -86,7 +87,7 @@ class SafetyModel(nn.Module):
         if bool(is_verdict.any()):
             rows = self.verdict_rows if self.verdict_input_rows is None else self.verdict_input_rows
             scale = float(getattr(table, "embed_scale", 1.0))
-            own = ((rows if rows_learn else rows.detach()) * scale).to(embedded.dtype)[
+            own = ((rows if rows_learn else rows.detach()) * scale).to(embedded)[
                 (ids - vocab).clamp(min=0)
             ]
             embedded = torch.where(is_verdict.unsqueeze(-1), own, embedded)
@@ -108,12 +109,12 @@ class SafetyModel(nn.Module):
         """Float32 logits (n, vocabulary + 3): ordinary rows are the task head, the last three B."""
         ordinary = self.base.get_output_embeddings()(states).float()
         rows = self.verdict_rows if rows_learn else self.verdict_rows.detach()
-        own = states.float() @ rows.T
+        own = states.float() @ rows.to(states.device).T
         return self._softcapped(torch.cat([ordinary, own], dim=-1))
 
     def verdict_logits(self, states: Tensor) -> Tensor:
         """Float32 logits (n, 3) in severity order, temperature applied."""
-        own = states.float() @ (self.verdict_rows / self.temperature).T
+        own = states.float() @ (self.verdict_rows / self.temperature).to(states.device).T
         return self._softcapped(own)
 
     @property
@@ -204,6 +205,12 @@ def initial_verdict_rows(causal_lm: nn.Module, tokenizer: HfTokenizer) -> Tensor
     """
     output: Tensor = causal_lm.get_output_embeddings().weight  # type: ignore[operator]
     return _opening_rows(output, tokenizer)
+
+
+def _device_of(embeddings: nn.Module) -> torch.device:
+    """Where a matrix is; the CPU for one that is offloaded between forward passes."""
+    device = next(embeddings.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _opening_rows(table: Tensor, tokenizer: HfTokenizer) -> Tensor:

@@ -1,11 +1,13 @@
 """The training loop: one optimizer step at a time, resumable at every step boundary."""
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from so8t_train.checkpoint import (
 )
 from so8t_train.config import FitConfig
 from so8t_train.cpu_lora import fuse_cpu_lora
+from so8t_train.data_parallel import ALONE, DataParallel
 from so8t_train.dev_evaluation import DevResult, evaluate_dev
 from so8t_train.divergence import DivergedError, LossGuard, all_finite, diverged
 from so8t_train.losses import safety_loss, task_loss
@@ -59,10 +62,12 @@ class Trainer:
         run_directory: Path,
         start_sha256: str,
         session: str = "",
+        parallel: DataParallel = ALONE,
     ) -> None:
         self.model, self.config = model, config
         self.examples, self.dev = examples, dev
         self.run_directory = run_directory
+        self.parallel = parallel
         self.session = session
         """Names this process in checkpoints, logs and messages."""
         self.config_hash = training_hash(config, start_sha256, examples)
@@ -96,51 +101,37 @@ class Trainer:
             enable_checkpointing(self.model.base)
         while self.step < self.total_steps:
             report = self._train_step()
-            try:
-                report = report._replace(dev=self._evaluate_if_due())
-            finally:  # before saving: resuming cuts later lines, but cannot add any
-                hooks.on_step(report)
-            if hooks.stop_requested() and self.step < self.total_steps:
-                self.save()
+            (stop,) = self.parallel.together(partial(self._reported, report, hooks))
+            if stop and self.step < self.total_steps:
+                self._save_once()
                 raise Interrupted(
                     f"stopped after step {self.step} of {self.total_steps} (session "
                     f"{self.session}); the checkpoint is in {self.run_directory / CHECKPOINTS}"
                 )
             if self._save_due() or self.step == self.total_steps:
-                self.save()
+                self._save_once()
+
+    def _reported(self, report: StepReport, hooks: TrainingHooks) -> tuple[bool]:
+        """Evaluate if due, and report, in the main process; whether this one is asked to stop."""
+        if self.parallel.is_main:
+            try:
+                report = report._replace(dev=self._evaluate_if_due())
+            finally:  # before saving: resuming cuts later lines, but cannot add any
+                hooks.on_step(report)
+        return (hooks.stop_requested(),)
 
     def _train_step(self) -> StepReport:
         started = time.perf_counter()
-        model, config = self.model, self.config
-        model.train()
+        config = self.config
+        self.model.train()
         self._set_learning_rates()
+        self.parallel.seed_step(config.seed, self.step)
         batch = self._batch()
         replies = [e for e in batch if self._learns_reply(e)]
-        safety_norm = sum(e.prompt.weight for e in batch)
-        task_norm = max(1, sum(len(e.reply.targets) for e in replies if e.reply is not None))
         weight = pet_weight(self.step / self.total_steps, pet_phases(config)) * config.pet_weight
-        sums = _Sums()
-        if model.bank is not None:
-            model.bank.begin_step()
-        for micro in _passes(batch, [e.prompt for e in batch], config):
-            packed = pack([e.prompt for e in micro], model.device)
-            result = safety_loss(
-                model, packed, label_smoothing=config.label_smoothing, with_temporal=weight > 0
-            )
-            temporal = result.temporal_mean * (len(micro) / len(batch))
-            loss = config.safety_loss_weight * result.cross_entropy_sum / safety_norm
-            self._backward(loss + weight * temporal, "safety", micro)
-            sums.safety += float(result.cross_entropy_sum.detach()) / safety_norm
-            sums.temporal += float(temporal.detach())
-            sums.correct += result.n_correct
-            sums.tokens += packed.tokens
-        for micro in _passes(replies, [e.reply for e in replies if e.reply is not None], config):
-            packed = pack([e.reply for e in micro if e.reply is not None], model.device)
-            loss = task_loss(model, packed) / task_norm
-            self._backward(config.task_loss_weight * loss, "task", micro)
-            sums.task += float(loss.detach())
-            sums.tokens += packed.tokens
+        sums = _Sums(*self.parallel.together(partial(self._run_passes, batch, replies, weight)))
         inertia, commutator = self._finish_rotations()
+        self.parallel.add_gradients(self.names)
         norm = self._clip_gradients()
         if not math.isfinite(norm):
             raise self._diverged("the gradient is not finite", batch)
@@ -167,10 +158,46 @@ class Trainer:
             grad_norm=norm,
             learning_rate=rate,
             commutator=commutator,
-            tokens=sums.tokens,
+            tokens=int(sums.tokens),
             step_s=time.perf_counter() - started,
             dev=None,
         )
+
+    def _run_passes(
+        self, batch: Sequence[TrainingExample], replies: Sequence[TrainingExample], weight: float
+    ) -> "_Sums":
+        """Forward and backward passes of a step, as far as they are this process's share."""
+        model, config = self.model, self.config
+        safety_norm = sum(e.prompt.weight for e in batch)
+        task_norm = max(1, sum(len(e.reply.targets) for e in replies if e.reply is not None))
+        verdicts = _passes(batch, [e.prompt for e in batch], config)
+        answers = _passes(replies, [e.reply for e in replies if e.reply is not None], config)
+        costs = [sum(e.prompt.length for e in micro) for micro in verdicts]
+        costs += [sum(e.reply.length for e in micro if e.reply is not None) for micro in answers]
+        mine = iter(self.parallel.share(costs))
+        safety = task = temporals = 0.0
+        correct = tokens = 0
+        if model.bank is not None:
+            model.bank.begin_step()
+        for micro in itertools.compress(verdicts, mine):
+            packed = pack([e.prompt for e in micro], model.device)
+            result = safety_loss(
+                model, packed, label_smoothing=config.label_smoothing, with_temporal=weight > 0
+            )
+            temporal = result.temporal_mean * (len(micro) / len(batch))
+            loss = config.safety_loss_weight * result.cross_entropy_sum / safety_norm
+            self._backward(loss + weight * temporal, "safety", micro)
+            safety += float(result.cross_entropy_sum.detach()) / safety_norm
+            temporals += float(temporal.detach())
+            correct += result.n_correct
+            tokens += packed.tokens
+        for micro in itertools.compress(answers, mine):
+            packed = pack([e.reply for e in micro if e.reply is not None], model.device)
+            loss = task_loss(model, packed) / task_norm
+            self._backward(config.task_loss_weight * loss, "task", micro)
+            task += float(loss.detach())
+            tokens += packed.tokens
+        return _Sums(safety, temporals, task, correct, tokens)
 
     def _update(self) -> None:
         """Apply the gradients; what is between two whole steps happens here alone."""
@@ -224,7 +251,9 @@ class Trainer:
         inertia = inertia_penalty(before.safe.to(now.safe.device), now.safe) + inertia_penalty(
             before.command.to(now.command.device), now.command
         )
-        bank.finish_step(self.config.pet_inertia_weight * inertia)
+        # Of the whole step, not of a share: one process's gradients have it.
+        penalty = self.config.pet_inertia_weight * inertia if self.parallel.is_main else None
+        bank.finish_step(penalty)
         return float(inertia.detach()), commutator
 
     def _clip_gradients(self) -> float:
@@ -262,6 +291,18 @@ class Trainer:
 
     # -- saving ------------------------------------------------------------------------------
 
+    def _save_once(self) -> None:
+        self.parallel.require_same(
+            self._weights_sha256, "weights", "the last checkpoint is kept, resume from it"
+        )
+        self.parallel.from_main(self.save)
+
+    def _weights_sha256(self) -> str:
+        digest = hashlib.sha256()
+        for parameter in self.names:
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def save(self, *, emergency: bool = False) -> Path:
         """Write a checkpoint of the state after the last whole step.
 
@@ -287,6 +328,7 @@ class Trainer:
             first_loss=self.guard.first_loss,
             session=self.session,
             emergency=emergency,
+            processes=self.parallel.processes,
         )
         path = save_checkpoint(
             self.run_directory / CHECKPOINTS, checkpoint, self.config.save_total_limit
@@ -307,6 +349,11 @@ class Trainer:
         checkpoint = newest_checkpoint(directory, warn, required=not start_over)
         if checkpoint is None:
             return False
+        self.parallel.check_checkpoint(
+            checkpoint.processes,
+            same_training=checkpoint.config_hash == self.config_hash,
+            config=self.config,
+        )
         if checkpoint.config_hash != self.config_hash:
             raise ConfigError(
                 f"{self.run_directory} was started with another configuration, base model or "
@@ -339,12 +386,14 @@ def enable_checkpointing(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-class _Sums:
-    """Running sums over the micro-batches of one step."""
+class _Sums(NamedTuple):
+    """Sums over the passes of one step."""
 
-    def __init__(self) -> None:
-        self.safety = self.task = self.temporal = 0.0
-        self.correct = self.tokens = 0
+    safety: float
+    temporal: float
+    task: float
+    correct: float
+    tokens: float
 
 
 def _rotations(generators: dict[str, Tensor]) -> RotationPair:

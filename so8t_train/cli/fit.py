@@ -52,6 +52,7 @@ def fit(
     from so8t_eval.errors import Interrupted
     from so8t_train.cli.fit_progress import FitProgress
     from so8t_train.config import load_config
+    from so8t_train.data_parallel import is_main_process
     from so8t_train.fit import Resume
     from so8t_train.fit import fit as run_fit
 
@@ -66,10 +67,14 @@ def fit(
     )
     how: Resume = "auto" if resume == "auto" else resume is not None
     try:
-        with FitProgress() as progress:
+        with FitProgress(shown=is_main_process()) as progress:
             result = run_fit(settings, resume=how, reporter=progress.reporter)
     except Interrupted as error:
+        if not is_main_process():  # which says it
+            raise click.exceptions.Exit(error.exit_code) from error
         raise Interrupted(f"{error}\nresume with: {_resume_command()}") from error
+    if not is_main_process():
+        return
     click.echo(f"{result.steps} steps in {result.seconds:.0f} s; run directory: {result.directory}")
     if result.dev is not None:
         dev = result.dev

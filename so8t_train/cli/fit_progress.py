@@ -14,9 +14,9 @@ _LINE_EVERY_STEPS = 10
 class FitProgress:
     """Shows loss terms, verdict accuracy, commutator and memory while training."""
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._live = self._console.is_terminal
+    def __init__(self, *, shown: bool = True) -> None:
+        self._console = Console(stderr=True, quiet=not shown)
+        self._live = shown and self._console.is_terminal
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
