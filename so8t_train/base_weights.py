@@ -6,28 +6,34 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from so8t_eval.errors import ExportError, ModelFileError
 from so8t_train.base_model import BaseModelSource, open_gguf
-from so8t_train.gguf_layout import ARCHITECTURES, HeadCounts, hf_name, to_hf_layout
+from so8t_train.gguf_layout import (
+    ARCHITECTURES,
+    HeadCounts,
+    hf_name,
+    keeps_row_order,
+    to_hf_layout,
+)
+from so8t_train.lazy_weights import LazyWeights, Shape
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 OUTPUT: Final = "lm_head.weight"
 
 
 class BaseWeights(NamedTuple):
-    """A base in memory. ``weights`` are float32 in Hugging Face's layout, in file order.
+    """An open base. ``weights`` are float32 in Hugging Face's layout, in file order, read lazily.
 
     ``reader`` is the open GGUF file, ``config`` the decoded config.json: one of the two is set.
     """
 
     source: BaseModelSource
-    weights: dict[str, Tensor]
+    weights: LazyWeights
     architecture: str
     heads: HeadCounts
     tied: bool
@@ -37,11 +43,11 @@ class BaseWeights(NamedTuple):
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding matrix, padding included."""
-        return int(self.weights[EMBEDDING].shape[0])
+        return self.weights.shapes[EMBEDDING][0]
 
 
 def read_base_weights(source: BaseModelSource) -> BaseWeights:
-    """Read every weight of a base model.
+    """Open a base model: which weights it has and of which shape; none is read yet.
 
     Raises:
         ModelFileError: files are broken.
@@ -61,8 +67,8 @@ def linear_names(base: BaseWeights) -> list[str]:
     """Module names of all linear layers but the output matrix: those held in 8-bit."""
     return [
         name.removesuffix(".weight")
-        for name, weight in base.weights.items()
-        if weight.dim() == 2 and name not in (EMBEDDING, OUTPUT)
+        for name, shape in base.weights.shapes.items()
+        if len(shape) == 2 and name not in (EMBEDDING, OUTPUT)
     ]
 
 
@@ -89,32 +95,71 @@ def _from_gguf(source: BaseModelSource) -> BaseWeights:
     queries = int(reader.fields[f"{architecture}.attention.head_count"].contents())
     grouped = reader.fields.get(f"{architecture}.attention.head_count_kv")
     heads = HeadCounts(queries, int(grouped.contents()) if grouped is not None else queries)
-    weights: dict[str, Tensor] = {}
-    for tensor in reader.tensors:
-        name = hf_name(tensor.name)
-        if name is not None:
-            values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-            weights[name] = to_hf_layout(name, torch.from_numpy(values), architecture, heads)
+    weights = _lazy_gguf(source.path, reader, architecture, heads)
     return BaseWeights(source, weights, architecture, heads, OUTPUT not in weights, reader, {})
 
 
+def _lazy_gguf(path: Path, reader: GGUFReader, architecture: str, heads: HeadCounts) -> LazyWeights:
+    """Read by file position: the reader's own view would keep every page it has touched."""
+    tensors: dict[str, ReaderTensor] = {}
+    for tensor in reader.tensors:
+        name = hf_name(tensor.name)
+        if name is not None:
+            tensors[name] = tensor
+    shapes = {name: tuple(map(int, reversed(item.shape))) for name, item in tensors.items()}
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        if keeps_row_order(name, architecture):
+            return dequantized(name, start, stop)
+        whole = dequantized(name, 0, shapes[name][0])
+        return to_hf_layout(name, whole, architecture, heads)[start:stop]
+
+    def dequantized(name: str, start: int, stop: int) -> Tensor:
+        tensor, (rows, *_) = tensors[name], shapes[name]
+        width = int(tensor.n_bytes) // rows
+        stored = np.fromfile(
+            path, np.uint8, (stop - start) * width, offset=int(tensor.data_offset) + start * width
+        )
+        if len(shapes[name]) > 1:
+            stored = stored.reshape(stop - start, width)
+        values = np.array(dequantize(stored, tensor.tensor_type), dtype=np.float32)
+        return torch.from_numpy(values)
+
+    return LazyWeights(shapes, read)
+
+
 def _from_directory(source: BaseModelSource) -> BaseWeights:
-    weights: dict[str, Tensor] = {}
-    for file in sorted(source.path.glob("*.safetensors")):
-        try:
-            shard: dict[str, Tensor] = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ModelFileError(
-                f"{file} is broken or truncated ({error}); fetch it again"
-            ) from error
-        weights |= {name: weight.float() for name, weight in shard.items()}
+    weights = _lazy_safetensors(sorted(source.path.glob("*.safetensors")))
     config = _read_config(source.path / "config.json")
     queries = int(config.get("num_attention_heads", 0))
     heads = HeadCounts(queries, int(config.get("num_key_value_heads") or queries))
     tied = bool(config.get("tie_word_embeddings", OUTPUT not in weights))
     if tied:
-        weights.pop(OUTPUT, None)
+        weights.shapes.pop(OUTPUT, None)
     return BaseWeights(source, weights, str(config.get("model_type")), heads, tied, None, config)
+
+
+def _lazy_safetensors(shards: list[Path]) -> LazyWeights:
+    """A shard is opened for each read: it is mapped, and its pages count as ours until closed."""
+    places: dict[str, Path] = {}
+    shapes: dict[str, Shape] = {}
+    for file in shards:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - it is no mapping
+                    places[name] = file
+                    shapes[name] = tuple(shard.get_slice(name).get_shape()) or (1,)
+        except (SafetensorError, OSError) as error:
+            raise ModelFileError(
+                f"{file} is broken or truncated ({error}); fetch it again"
+            ) from error
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        with safe_open(places[name], framework="pt") as shard:
+            part: Tensor = shard.get_slice(name)[start:stop]
+            return part.to(torch.float32, copy=True)
+
+    return LazyWeights(shapes, read)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

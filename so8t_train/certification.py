@@ -4,7 +4,7 @@ import gc
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from so8t_train.calibration import (
 from so8t_train.certificate import (
     CalibrationEntry,
     Certificate,
+    CertificateLevel,
     Check,
     FileEntry,
     LayerEntry,
@@ -40,6 +41,7 @@ from so8t_train.certificate import (
     weight_checks,
 )
 from so8t_train.gate_installation import attention_outputs
+from so8t_train.lazy_weights import LazyWeights
 from so8t_train.merged_model import MergeBase, OpenRun, base_weights, merged_weights
 from so8t_train.run_dir import MANIFEST, load_run, package_versions
 from so8t_train.safety_model import SafetyModel, use_training_kernels
@@ -65,17 +67,18 @@ class Variant(NamedTuple):
     fold_logits: float
     layer_outputs: dict[str, float]
     weight_distances: dict[str, float]
-    config: Any
-    """The transformers configuration of the merged model."""
 
 
 class ExportedFile(NamedTuple):
-    """A written file, its format's label, and what its runtime says on the calibration cases."""
+    """A written file, its format's label, and what its runtime says on the calibration cases.
 
-    path: Path
+    ``parts`` are in order. ``outputs`` is None where nothing was run.
+    """
+
+    parts: list[Path]
     label: str
     kept: bool
-    outputs: Outputs
+    outputs: Outputs | None
 
 
 def weight_evidence(
@@ -109,7 +112,7 @@ def weight_evidence(
 
 def measure_variant(
     run: OpenRun,
-    weights: dict[str, Tensor],
+    weights: LazyWeights,
     merge_base: MergeBase,
     calibration: CalibrationSet,
 ) -> Variant:
@@ -121,7 +124,7 @@ def measure_variant(
     use_training_kernels(live)
     layer_outputs = output_residuals(live, weights)
     said_live = live_outputs(live, calibration.prompts)
-    plain = merged_model(live.base, weights)
+    plain = merged_model(live.base, dict(weights))
     del live
     gc.collect()  # PEFT's modules refer to one another
     said_merged = merged_outputs(plain, calibration.prompts, run.base.vocab_size)
@@ -132,7 +135,6 @@ def measure_variant(
         relative_logit_difference(said_live, said_merged),
         layer_outputs,
         weight_distances(run, merge_base),
-        plain.config,
     )
 
 
@@ -172,7 +174,7 @@ def variants_to_measure(run: OpenRun, merge_base: MergeBase) -> list[MergeBase]:
 
 def measure_variants(
     run: OpenRun,
-    merged: dict[str, Tensor],
+    merged: LazyWeights,
     merge_base: MergeBase,
     calibration: CalibrationSet,
     report: Callable[[str], None],
@@ -189,35 +191,34 @@ def measure_variants(
 def certify(
     run: OpenRun,
     *,
+    level: CertificateLevel,
     merge_base: MergeBase,
     weights: WeightEvidence,
     variants: Mapping[MergeBase, Variant],
     files: list[ExportedFile],
-    calibration: CalibrationSet,
+    calibration: CalibrationSet | None,
     tolerances: Tolerances,
 ) -> Certificate:
-    """Put the evidence gathered so far together and judge it."""
-    ids = _ids(calibration)
+    """Put the evidence gathered so far together and judge it; ``calibration`` is for ``full``."""
+    ids = _ids(calibration) if calibration else []
     as_trained: MergeBase = "dequant8" if run.manifest.config.load_in_8bit else "original"
     checks = list(weights.checks)
     for kind, variant in variants.items():
         checks += _variant_checks(kind, variant, tolerances)
     entries: list[FileEntry] = []
     for file in files:
-        found = difference(variants[merge_base].merged, file.outputs, ids)
-        checks += file_checks(file.path.name, file.label, found, len(ids), tolerances)
+        found = None
+        if file.outputs is not None:
+            found = difference(variants[merge_base].merged, file.outputs, ids)
+            checks += file_checks(file.parts[0].name, file.label, found, len(ids), tolerances)
         entries.append(_file_entry(file, found))
     return Certificate(
-        passed=not failures(checks),
+        level=level,
+        passed=None if level == "none" else not failures(checks),
         run=_run_entry(run),
         merge_base=merge_base,
         runtime=f"{runtime_version()}; {RUNTIME_MODE}",
-        calibration=CalibrationEntry(
-            file=calibration.file.name,
-            sha256=calibration.sha256,
-            n=len(calibration.cases),
-            left_out=calibration.left_out,
-        ),
+        calibration=_calibration_entry(calibration) if calibration else None,
         layers=[
             layer.model_copy(
                 update={
@@ -267,14 +268,25 @@ def _merge_base_entry(variant: Variant, from_trained: Difference) -> MergeBaseEn
     )
 
 
-def _file_entry(file: ExportedFile, found: Difference) -> FileEntry:
+def _calibration_entry(calibration: CalibrationSet) -> CalibrationEntry:
+    return CalibrationEntry(
+        file=calibration.file.name,
+        sha256=calibration.sha256,
+        n=len(calibration.cases),
+        left_out=calibration.left_out,
+    )
+
+
+def _file_entry(file: ExportedFile, found: Difference | None) -> FileEntry:
+    first, *further = file.parts
     return FileEntry(
-        file=file.path.name,
+        file=first.name,
         format=file.label,
-        bytes=file.path.stat().st_size,
-        sha256=file_sha256(file.path),
+        bytes=sum(part.stat().st_size for part in file.parts),
+        sha256=file_sha256(first),
+        further_parts={part.name: file_sha256(part) for part in further},
         kept=file.kept,
-        difference=difference_entry(found),
+        difference=difference_entry(found) if found else None,
     )
 
 

@@ -1,22 +1,23 @@
 """From a run directory to files that ship: merge, fold, write, quantize, and certify all of it."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
 from so8t_eval.backends.base import Backend
 from so8t_eval.backends.cpu_threads import default_threads
 from so8t_eval.backends.llamacpp import LlamaCppBackend
 from so8t_eval.backends.torch_hf import open_hf_dir
-from so8t_eval.errors import ExportError, UsageError
+from so8t_eval.errors import UsageError
 from so8t_train.calibration import (
     DEFAULT_CASES,
     DEFAULT_FILE,
     CalibrationSet,
+    Outputs,
     backend_outputs,
     load_calibration,
 )
@@ -24,6 +25,7 @@ from so8t_train.certificate import (
     CERTIFICATE,
     FAILED_CERTIFICATE,
     Certificate,
+    CertificateLevel,
     Tolerances,
     failures,
     write_certificate,
@@ -37,26 +39,32 @@ from so8t_train.certification import (
     weight_evidence,
 )
 from so8t_train.export_staging import check_target, staged, temporary_sibling
+from so8t_train.float_files import (
+    FLOAT_KINDS,
+    checked_weights,
+    facts_of,
+    raise_failed,
+    run_config,
+    write_float_gguf,
+    write_quantizer_source,
+)
 from so8t_train.gguf_export import (
-    FloatKind,
+    Progress,
     check_gguf_base,
     disk_error,
-    fits_f16,
-    write_gguf,
 )
-from so8t_train.gguf_metadata import So8tMetadata
+from so8t_train.gguf_split import parse_size, split_gguf
 from so8t_train.hf_export import WEIGHTS, write_hf_directory
+from so8t_train.lazy_weights import LazyWeights
 from so8t_train.merged_model import MergeBase, OpenRun, merged_weights, open_run
 from so8t_train.quantization import (
     FLOAT_FORMATS,
-    FORMATS,
     QuantFormat,
     parse_quants,
     quantize_gguf,
 )
 
 DEFAULT_QUANTS: Final = {"gguf": "f16,q8_0", "hf": "f32"}
-_FLOAT_KINDS: Final[dict[str, FloatKind]] = {"f32": "f32", "f16": "f16", "bf16": "bf16"}
 
 
 class ExportOptions(NamedTuple):
@@ -69,6 +77,10 @@ class ExportOptions(NamedTuple):
     calibration: Path | None = None
     calibration_cases: int = DEFAULT_CASES
     threads: int | None = None
+    certificate: CertificateLevel = "full"
+    """``full`` holds the live model in memory, the others one block of rows at a time."""
+    split_max_size: str | None = None
+    """Such as ``2G``: larger GGUF files are split into parts."""
 
 
 _DEFAULTS: Final = ExportOptions()
@@ -87,13 +99,16 @@ class _Job(NamedTuple):
 
     run: OpenRun
     merge_base: MergeBase
-    merged: dict[str, Tensor]
+    merged: LazyWeights
     quants: list[QuantFormat]
-    calibration: CalibrationSet
+    level: CertificateLevel
+    calibration: CalibrationSet | None
     weights: WeightEvidence
     tolerances: Tolerances
     threads: int
+    split_bytes: int | None
     report: Callable[[str], None]
+    progress: Progress
 
 
 def export(
@@ -101,11 +116,12 @@ def export(
     directory: Path,
     options: ExportOptions = _DEFAULTS,
     report: Callable[[str], None] = lambda _line: None,
+    progress: Progress = lambda _share: None,
 ) -> ExportResult:
     """Write a certified export of a run to ``directory``, whole or not at all.
 
     A failed certificate is left there as ``certificate.failed.json``, and nothing else. ``report``
-    is told what is being done, line by line.
+    is told what is being done, line by line, and ``progress`` the share of a file that is written.
 
     Raises:
         UsageError: wrong options, or ``directory`` holds something else.
@@ -115,18 +131,22 @@ def export(
     """
     started = time.monotonic()
     quants = _quants(options)
+    split_bytes = _split_bytes(options)
     check_target(directory)
-    job = _prepare(run_directory, quants, options, report)
+    job = _prepare(
+        run_directory, quants, options, split_bytes=split_bytes, report=report, progress=progress
+    )
     _require(job, {}, [], directory)  # a fault in the weights needs no forward pass to show
-    variants = measure_variants(job.run, job.merged, job.merge_base, job.calibration, report)
-    _require(job, variants, [], directory)
+    variants: dict[MergeBase, Variant] = {}
+    if job.calibration is not None:
+        variants = measure_variants(job.run, job.merged, job.merge_base, job.calibration, report)
+        _require(job, variants, [], directory)
     with staged(directory) as stage:
-        write = _write_hf if options.format == "hf" else _write_ggufs
-        files = write(job, variants, stage)
+        files = (_write_hf if options.format == "hf" else _write_ggufs)(job, stage)
         certificate = _require(job, variants, files, directory)
         for file in files:
             if not file.kept:
-                file.path.unlink()
+                file.parts[0].unlink()
         write_certificate(stage / CERTIFICATE, certificate)
     return ExportResult(directory, certificate, time.monotonic() - started)
 
@@ -147,8 +167,7 @@ def export_reference_gguf(run_directory: Path, out_path: Path, quant: str = "q8_
         if chosen.name in FLOAT_FORMATS:
             write_float_gguf(written, run, merged, chosen)
         else:
-            wide = stage / "float.gguf"
-            write_float_gguf(wide, run, merged, quantizer_source(merged))
+            wide, _ = write_quantizer_source(stage, run, merged)
             quantize_gguf(wide, written, chosen, default_threads())
         try:
             written.replace(out_path)
@@ -157,58 +176,32 @@ def export_reference_gguf(run_directory: Path, out_path: Path, quant: str = "q8_
     return out_path
 
 
-def checked_weights(run: OpenRun) -> dict[str, Tensor]:
-    """The merged weights of a run, each recomputed independently; no model is run.
-
-    Raises:
-        ExportError: a rotation or a tensor fails its check.
-    """
-    merge_base = run.manifest.config.merge_base
-    merged = merged_weights(run, merge_base)
-    evidence = weight_evidence(run, merged, merge_base, Tolerances())
-    _raise_failed(failures(evidence.checks), None)
-    return merged
-
-
-def quantizer_source(merged: Mapping[str, Tensor]) -> QuantFormat:
-    """The float format to quantize from: F16 where the weights fit."""
-    return FORMATS["f16" if fits_f16(merged) else "f32"]
-
-
-def write_float_gguf(
-    path: Path, run: OpenRun, merged: Mapping[str, Tensor], quant: QuantFormat
-) -> None:
-    """Write a run's merged weights in a float format. Raises as ``write_gguf``."""
-    write_gguf(path, run, merged, _FLOAT_KINDS[quant.name], facts_of(run))
-
-
-def facts_of(run: OpenRun) -> So8tMetadata:
-    """What an exported file says about its making."""
-    return So8tMetadata(
-        run.manifest.protocol_hash,
-        run.verdict_ids,
-        run.manifest.base_model,
-        run.adapter_sha256,
-        run.manifest.temperature,
-        {name: point.allow_bias for name, point in run.manifest.operating_points.items()},
-    )
-
-
 def _quants(options: ExportOptions) -> list[QuantFormat]:
     quants = parse_quants(options.quants or DEFAULT_QUANTS[options.format])
-    if options.format == "hf" and (len(quants) > 1 or quants[0].name not in _FLOAT_KINDS):
+    if options.format == "hf" and (len(quants) > 1 or quants[0].name not in FLOAT_KINDS):
         raise UsageError(
-            f"--quant: expected one of {', '.join(_FLOAT_KINDS)} with --format hf, found "
+            f"--quant: expected one of {', '.join(FLOAT_KINDS)} with --format hf, found "
             f"{options.quants!r}"
         )
     return quants
+
+
+def _split_bytes(options: ExportOptions) -> int | None:
+    if options.split_max_size is None:
+        return None
+    if options.format == "hf":
+        raise UsageError("--split-max-size: expected with --format gguf only; leave it out")
+    return parse_size(options.split_max_size)
 
 
 def _prepare(
     run_directory: Path,
     quants: list[QuantFormat],
     options: ExportOptions,
+    *,
+    split_bytes: int | None,
     report: Callable[[str], None],
+    progress: Progress,
 ) -> _Job:
     threads = options.threads or default_threads()
     if options.threads is not None:
@@ -217,56 +210,89 @@ def _prepare(
     run = open_run(run_directory)
     if options.format == "gguf":
         check_gguf_base(run.base, run.tokenizer)
-    calibration = load_calibration(
-        options.calibration or DEFAULT_FILE, options.calibration_cases, run.tokenizer
-    )
+    calibration = None
+    if options.certificate == "full":
+        calibration = load_calibration(
+            options.calibration or DEFAULT_FILE, options.calibration_cases, run.tokenizer
+        )
     merge_base = options.merge_base or run.manifest.config.merge_base
-    report(f"merging LoRA and folding rotation gates into the {merge_base} base weights")
     tolerances = Tolerances()
     merged = merged_weights(run, merge_base)
-    evidence = weight_evidence(run, merged, merge_base, tolerances)
-    return _Job(run, merge_base, merged, quants, calibration, evidence, tolerances, threads, report)
+    evidence = WeightEvidence([], [])
+    if options.certificate != "none":
+        report(f"merging LoRA and folding rotation gates into the {merge_base} base, and checking")
+        evidence = weight_evidence(run, merged, merge_base, tolerances)
+    return _Job(
+        run=run,
+        merge_base=merge_base,
+        merged=merged,
+        quants=quants,
+        level=options.certificate,
+        calibration=calibration,
+        weights=evidence,
+        tolerances=tolerances,
+        threads=threads,
+        split_bytes=split_bytes,
+        report=report,
+        progress=progress,
+    )
 
 
-def _write_ggufs(job: _Job, _variants: dict[MergeBase, Variant], stage: Path) -> list[ExportedFile]:
-    wanted = {quant.name for quant in job.quants}
-    source = quantizer_source(job.merged)
-    formats = job.quants if source in job.quants else [source, *job.quants]
-    files = []
-    for quant in sorted(formats, key=lambda item: item != source):
+def _write_ggufs(job: _Job, stage: Path) -> list[ExportedFile]:
+    """Write, run and split every format; what only served others is deleted at the end."""
+    files: list[ExportedFile] = []
+    whole: list[Path] = []
+    source: Path | None = None
+    quants = job.quants
+    if any(quant.name not in FLOAT_FORMATS for quant in quants):
+        job.report("writing the float file to quantize from")
+        source, wide = write_quantizer_source(stage, job.run, job.merged, job.progress)
+        quants = [wide, *(quant for quant in quants if quant != wide)]
+    for quant in quants:
         path = stage / f"model-{quant.label}.gguf"
-        job.report(f"writing {path.name}")
-        if quant.name in FLOAT_FORMATS:
-            write_float_gguf(path, job.run, job.merged, quant)
-        else:
-            quantize_gguf(stage / f"model-{source.label}.gguf", path, quant, job.threads)
-        job.report(f"running {len(job.calibration.cases)} cases on {path.name} in llama.cpp")
-        backend = LlamaCppBackend(path, threads=job.threads, exact=True)
-        files.append(_measured(job, path, quant, quant.name in wanted, backend))
+        if path != source:
+            job.report(f"writing {path.name}")
+            if quant.name in FLOAT_FORMATS:
+                write_float_gguf(path, job.run, job.merged, quant, job.progress)
+            elif source is not None:
+                quantize_gguf(source, path, quant, job.threads, job.progress)
+        kept = quant in job.quants
+        outputs = _outputs(job, path.name, partial(_llama, job, path))
+        parts = split_gguf(path, job.split_bytes) if kept and job.split_bytes else [path]
+        if kept or outputs is not None:
+            files.append(ExportedFile(parts, quant.label, kept, outputs))
+        if path not in parts or not (kept or outputs is not None):
+            whole.append(path)
+    for path in whole:
+        path.unlink()
     return files
 
 
-def _write_hf(job: _Job, variants: dict[MergeBase, Variant], stage: Path) -> list[ExportedFile]:
+def _llama(job: _Job, path: Path) -> Backend:
+    return LlamaCppBackend(path, threads=job.threads, exact=True)
+
+
+def _write_hf(job: _Job, stage: Path) -> list[ExportedFile]:
     quant = job.quants[0]
     job.report(f"writing a Hugging Face model ({quant.label})")
     write_hf_directory(
         stage,
         job.run,
         job.merged,
-        config=variants["original"].config,
-        kind=_FLOAT_KINDS[quant.name],
+        config=run_config(job.run, job.merged),
+        kind=FLOAT_KINDS[quant.name],
         facts=facts_of(job.run),
     )
-    job.report(f"running {len(job.calibration.cases)} cases on it in transformers")
-    backend = open_hf_dir(stage, threads=job.threads)
-    return [_measured(job, stage / WEIGHTS, quant, True, backend)]
+    outputs = _outputs(job, WEIGHTS, lambda: open_hf_dir(stage, threads=job.threads))
+    return [ExportedFile([stage / WEIGHTS], quant.label, True, outputs)]
 
 
-def _measured(
-    job: _Job, path: Path, quant: QuantFormat, kept: bool, backend: Backend
-) -> ExportedFile:
-    outputs = backend_outputs(backend, path.name, job.calibration, job.run.tokenizer)
-    return ExportedFile(path, quant.label, kept, outputs)
+def _outputs(job: _Job, name: str, opened: Callable[[], Backend]) -> Outputs | None:
+    """What a file says on the calibration cases; None where there are none."""
+    if job.calibration is None:
+        return None
+    job.report(f"running {len(job.calibration.cases)} cases on {name}")
+    return backend_outputs(opened(), name, job.calibration, job.run.tokenizer)
 
 
 def _require(
@@ -278,6 +304,7 @@ def _require(
     """The certificate of what was measured so far, if it passes."""
     certificate = certify(
         job.run,
+        level=job.level,
         merge_base=job.merge_base,
         weights=job.weights,
         variants=variants,
@@ -285,14 +312,8 @@ def _require(
         calibration=job.calibration,
         tolerances=job.tolerances,
     )
-    if not certificate.passed:
+    if certificate.passed is False:
         report = directory / FAILED_CERTIFICATE
         write_certificate(report, certificate)
-        _raise_failed(failures(certificate.checks), report)
+        raise_failed(failures(certificate.checks), report)
     return certificate
-
-
-def _raise_failed(failed: list[str], report: Path | None) -> None:
-    if failed:
-        where = f"\nall measurements: {report}" if report else ""
-        raise ExportError("the export failed its certificate:\n  " + "\n  ".join(failed) + where)

@@ -1,6 +1,5 @@
 """Fold LoRA and rotation gates into plain weights: W' = G (W + s·B·A), b' = G b. Pure, float64."""
 
-from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -26,11 +25,6 @@ def composed_rotations(
     return rotations.reshape(*safe.shape[:2], BLOCK_SIZE, BLOCK_SIZE)
 
 
-def lora_delta(pair: LoraPair, scale: float) -> Float[Tensor, "out in"]:
-    """ΔW = s · B · A, float64."""
-    return scale * (pair.b.double() @ pair.a.double())
-
-
 def rotate_rows(
     rotation: Float[Tensor, "blocks 8 8"], matrix: Float[Tensor, "out *in"]
 ) -> Float[Tensor, "out *in"]:
@@ -39,30 +33,25 @@ def rotate_rows(
     return torch.bmm(rotation.double(), blocks).reshape(matrix.shape)
 
 
-def folded_weights(
-    weights: Mapping[str, Tensor],
-    lora: Mapping[str, LoraPair],
+def folded_rows(
+    rows: Float[Tensor, "part *in"],
+    start: int,
+    lora: LoraPair | None,
     scale: float,
-    rotations: Mapping[str, Tensor],
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(name, float64 tensor)`` of every weight and bias that LoRA or a gate changes.
+    rotation: Float[Tensor, "blocks 8 8"] | None,
+) -> Float[Tensor, "part *in"]:
+    """G (W + s·B·A), or G b, for the rows from ``start`` on of a weight or bias, float64.
 
-    ``lora`` and ``rotations`` go by module name (``model.layers.0.self_attn.o_proj``), ``weights``
-    by parameter name (that + ``.weight``, ``.bias``).
-
-    Raises:
-        KeyError: a module has no weight in ``weights``.
+    ``lora`` and ``rotation`` are the whole layer's; with a rotation ``start`` and the number of
+    rows are multiples of eight.
     """
-    for module in sorted(set(lora) | set(rotations)):
-        weight = weights[f"{module}.weight"].double()
-        if module in lora:
-            weight = weight + lora_delta(lora[module], scale)
-        bias = weights.get(f"{module}.bias")
-        if module in rotations:
-            weight = rotate_rows(rotations[module], weight)
-            if bias is not None:
-                yield f"{module}.bias", rotate_rows(rotations[module], bias)
-        yield f"{module}.weight", weight
+    stop = start + rows.shape[0]
+    value = rows.double()
+    if lora is not None:  # added in place by the product, which spares two passes
+        value.addmm_(lora.b[start:stop].double(), lora.a.double(), alpha=scale)
+    if rotation is not None:
+        value = rotate_rows(rotation[start // BLOCK_SIZE : stop // BLOCK_SIZE], value)
+    return value
 
 
 def calibrated_rows(

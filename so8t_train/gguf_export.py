@@ -1,23 +1,23 @@
 """Write merged weights as a float GGUF file that any llama.cpp program runs."""
 
 import errno
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
-from gguf.quants import quantize
 from torch import Tensor
 
 from so8t_eval.backends.hf_tokenizer import HfTokenizer
 from so8t_eval.errors import DiskError, ExportError
 from so8t_train.base_weights import BaseWeights
 from so8t_train.families import gguf_architecture
-from so8t_train.gguf_layout import gguf_name, hf_name, to_gguf_layout
+from so8t_train.gguf_layout import gguf_name, hf_name, keeps_row_order, to_gguf_layout
 from so8t_train.gguf_metadata import (
     So8tMetadata,
     add_file_type,
@@ -27,15 +27,39 @@ from so8t_train.gguf_metadata import (
 )
 from so8t_train.gguf_rope import rope_tensors
 from so8t_train.gguf_settings import settings_of
+from so8t_train.lazy_weights import Shape, row_blocks, rows_of, shape_of
 from so8t_train.merged_model import OpenRun
 from so8t_train.vocabulary_check import check_vocabulary
 
 FloatKind: TypeAlias = Literal["f32", "f16", "bf16"]
+Progress: TypeAlias = Callable[[float], None]
 _FILE_TYPES: Final = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
     "bf16": LlamaFileType.MOSTLY_BF16,
 }
+_STORED: Final = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_GGUF: Final = {
+    torch.float32: GGMLQuantizationType.F32,
+    torch.float16: GGMLQuantizationType.F16,
+    torch.bfloat16: GGMLQuantizationType.BF16,
+}
+
+
+class Float16RangeError(ExportError):
+    """A weight is too large for float16."""
+
+
+class _PlannedTensor(NamedTuple):
+    """A tensor of the file; ``blocks`` makes its rows in order, float32."""
+
+    name: str
+    shape: Shape
+    blocks: Callable[[], Iterator[Tensor]]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def write_gguf(
@@ -44,11 +68,16 @@ def write_gguf(
     weights: Mapping[str, Tensor],
     kind: FloatKind,
     keys: So8tMetadata,
+    *,
+    progress: Progress = lambda _share: None,
 ) -> None:
     """Write ``weights`` (by Hugging Face name) with the base's metadata; norms and biases are F32.
 
+    One block of rows is in memory at a time. ``progress`` is told the share that is written.
+
     Raises:
-        ExportError: a weight has no place in the architecture, or does not fit the number format.
+        ExportError: a weight has no place in the architecture, or is not finite.
+        Float16RangeError: a weight does not fit ``f16``.
         DiskError: the file could not be written; what was written is removed.
     """
     writer = GGUFWriter(path, gguf_architecture(run.base.architecture))
@@ -58,18 +87,29 @@ def write_gguf(
         make_metadata(writer, run.base, run.tokenizer)
     add_file_type(writer, _FILE_TYPES[kind])
     add_so8t_keys(writer, keys)
-    for name, tensor in _tensors(run.base, weights):
-        _add_tensor(writer, name, tensor, kind)
+    tensors = list(_tensors(run.base, weights))
+    for tensor in tensors:
+        stored = _stored_type(tensor, kind)
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),
+            tensor.size * stored.itemsize,
+            _GGUF[stored],
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        _write_data(writer, tensors, kind, progress)
         writer.flush()
         sync_file(path)
-    except OSError as error:
+    except BaseException as error:
         _close(writer)
         path.unlink(missing_ok=True)
-        raise disk_error(path, error) from error
+        if isinstance(error, OSError):
+            raise disk_error(path, error) from error
+        raise
     writer.close()
 
 
@@ -87,12 +127,6 @@ def check_gguf_base(base: BaseWeights, tokenizer: HfTokenizer) -> None:
             tokenizer,
             base.source.path / "tokenizer.json",
         )
-
-
-def fits_f16(weights: Mapping[str, Tensor]) -> bool:
-    """Whether every weight is within float16's range."""
-    top = torch.finfo(torch.float16).max
-    return all(float(weight.abs().max()) <= top for weight in weights.values())
 
 
 def disk_error(path: Path, error: OSError) -> DiskError:
@@ -115,42 +149,78 @@ def _write_vocabulary(
         _close(writer)
 
 
-def _tensors(base: BaseWeights, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """GGUF names and tensors in GGUF's layout: a GGUF base's own order, else the weights'."""
+def _tensors(base: BaseWeights, weights: Mapping[str, Tensor]) -> Iterator[_PlannedTensor]:
+    """Tensors of the file: a GGUF base's own order, else the weights'."""
     if base.reader is None:
         for name, factors in rope_tensors(settings_of(base)).items():
-            yield name, torch.from_numpy(factors)
-        for name, weight in weights.items():
+            yield _constant(name, factors)
+        for name in weights:
             own = gguf_name(name, base.architecture)
             if own is None:
                 raise ExportError(f"{base.source.path}: {name} has no place in {base.architecture}")
-            yield own, to_gguf_layout(name, weight, base.architecture, base.heads)
+            yield _planned(own, name, base, weights)
         return
     for tensor in base.reader.tensors:
         known = hf_name(tensor.name, base.architecture)
         if known is not None:
-            yield tensor.name, to_gguf_layout(known, weights[known], base.architecture, base.heads)
+            yield _planned(tensor.name, known, base, weights)
         elif tensor.tensor_type == GGMLQuantizationType.F32:  # such as rope_freqs: not a weight
-            yield tensor.name, torch.from_numpy(np.array(tensor.data))
+            yield _constant(tensor.name, np.array(tensor.data))
         else:
             raise ExportError(
                 f"{base.source.path}: unknown tensor {tensor.name}; choose another base"
             )
 
 
-def _add_tensor(writer: GGUFWriter, name: str, tensor: Tensor, kind: FloatKind) -> None:
-    values: npt.NDArray[np.float32] = tensor.contiguous().numpy()
-    if not np.isfinite(values).all():
+def _constant(name: str, values: npt.NDArray[np.float32]) -> _PlannedTensor:
+    return _PlannedTensor(name, values.shape, lambda: iter((torch.from_numpy(values),)))
+
+
+def _planned(
+    own: str, name: str, base: BaseWeights, weights: Mapping[str, Tensor]
+) -> _PlannedTensor:
+    """One weight under its GGUF name and in GGUF's layout."""
+    shape = shape_of(weights, name)
+    in_order = keeps_row_order(name, base.architecture)
+
+    def blocks() -> Iterator[Tensor]:
+        for start, stop in row_blocks(shape) if in_order else [(0, shape[0])]:
+            rows = rows_of(weights, name, start, stop)
+            yield to_gguf_layout(name, rows, base.architecture, base.heads)
+
+    return _PlannedTensor(own, shape, blocks)
+
+
+def _write_data(
+    writer: GGUFWriter, tensors: list[_PlannedTensor], kind: FloatKind, progress: Progress
+) -> None:
+    """Write every tensor block by block; gguf's own writer takes whole tensors only."""
+    stream = (writer.fout or [])[0]
+    writer.write_padding(stream, stream.tell())
+    total, done = sum(tensor.size for tensor in tensors), 0
+    for tensor in tensors:
+        stored = _stored_type(tensor, kind)
+        for block in tensor.blocks():
+            _check_range(tensor.name, block, stored)
+            values = block.to(stored).contiguous()
+            stream.write(values.view(torch.uint8).numpy().data)
+            done += block.numel()
+            progress(done / total)
+        writer.write_padding(stream, tensor.size * stored.itemsize)
+
+
+def _check_range(name: str, block: Tensor, stored: torch.dtype) -> None:
+    ends = torch.stack(block.aminmax()).abs()
+    if not ends.isfinite().all():
         raise ExportError(f"{name} holds values that are not finite; train again")
-    if kind == "f32" or values.ndim == 1:
-        writer.add_tensor(name, values)
-    elif kind == "f16":
-        if np.abs(values).max() > np.finfo(np.float16).max:
-            raise ExportError(f"{name} is beyond float16's range; export with --quant bf16 or f32")
-        writer.add_tensor(name, values.astype(np.float16))
-    else:
-        bf16 = GGMLQuantizationType.BF16
-        writer.add_tensor(name, quantize(values, bf16), raw_dtype=bf16)
+    if stored == torch.float16 and ends.max() > torch.finfo(torch.float16).max:
+        raise Float16RangeError(
+            f"{name} is beyond float16's range; export with --quant bf16 or f32"
+        )
+
+
+def _stored_type(tensor: _PlannedTensor, kind: FloatKind) -> torch.dtype:
+    return torch.float32 if len(tensor.shape) == 1 else _STORED[kind]
 
 
 def sync_file(path: Path) -> None:

@@ -114,6 +114,12 @@ def to_hf_layout(name: str, weight: Tensor, architecture: str, heads: HeadCounts
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
+def keeps_row_order(name: str, architecture: str) -> bool:
+    """Whether both layouts have a weight's rows in the same order."""
+    permuting = gguf_architecture(architecture) in _PERMUTING
+    return not permuting or _PERMUTED.fullmatch(name) is None
+
+
 def _block_names(architecture: str) -> dict[str, str]:
     return _OWN_BLOCKS.get(gguf_architecture(architecture), _BLOCK)
 

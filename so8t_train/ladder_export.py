@@ -1,6 +1,5 @@
 """Export a run step by step for the drift ladder: float weights once, then one file at a time."""
 
-import gc
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from so8t_eval.backends.registry import ModelSpec
 from so8t_eval.drift_ladder import (
@@ -20,18 +18,23 @@ from so8t_eval.drift_ladder import (
     LadderModel,
     LadderProvider,
 )
-from so8t_train.base_model import load_base_config
-from so8t_train.calibration import DEFAULT_FILE, merged_config
-from so8t_train.export import checked_weights, facts_of, quantizer_source, write_float_gguf
+from so8t_train.calibration import DEFAULT_FILE
 from so8t_train.export_staging import check_target, staged
+from so8t_train.float_files import (
+    checked_weights,
+    facts_of,
+    run_config,
+    write_float_gguf,
+    write_quantizer_source,
+)
 from so8t_train.gguf_export import check_gguf_base, disk_error
 from so8t_train.hf_export import write_hf_directory
+from so8t_train.lazy_weights import LazyWeights
 from so8t_train.merged_model import OpenRun, open_run
 from so8t_train.quantization import FORMATS, QuantFormat, quantize_gguf
 from so8t_train.reference_model import RUN_DIRECTORY
 
 MERGED_DIRECTORY: Final = "merged"
-_FLOATS: Final = (FORMATS["f32"], FORMATS["f16"])
 
 
 @contextmanager
@@ -120,23 +123,23 @@ class _LadderExport:
         if MERGED in self._steps:
             self._report("writing the merged model for transformers")
             self._write_merged(run, merged)
-        source = quantizer_source(merged)
-        for quant in _FLOATS:
-            needed = quant.name in self._steps or (quant == source and self._formats())
-            if needed:
-                self._report(f"writing {self._gguf(quant).name}")
-                write_float_gguf(self._gguf(quant), run, merged, quant)
-        del run, merged
-        gc.collect()  # float weights need not lie beside the models that are opened next
-        return self._gguf(source)
+        source = self._gguf(FORMATS["f16"])
+        if self._formats():
+            self._report(f"writing {source.name}")
+            source, _ = write_quantizer_source(self._directory, run, merged)
+        for step in ("f32", "f16"):
+            path = self._gguf(FORMATS[step])
+            if step in self._steps and path != source:
+                self._report(f"writing {path.name}")
+                write_float_gguf(path, run, merged, FORMATS[step])
+        return source
 
-    def _write_merged(self, run: OpenRun, merged: dict[str, Tensor]) -> None:
-        base_config = load_base_config(run.base.source, run.manifest.config.trust_remote_code)
+    def _write_merged(self, run: OpenRun, merged: LazyWeights) -> None:
         write_hf_directory(
             self._directory / MERGED_DIRECTORY,
             run,
             merged,
-            config=merged_config(base_config, merged),
+            config=run_config(run, merged),
             kind="f32",
             facts=facts_of(run),
         )

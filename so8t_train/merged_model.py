@@ -22,9 +22,10 @@ from so8t_train.base_weights import (
     read_base_weights,
 )
 from so8t_train.families import FAMILIES
-from so8t_train.fold import LoraPair, calibrated_rows, composed_rotations, folded_weights
+from so8t_train.fold import LoraPair, calibrated_rows, composed_rotations, folded_rows
 from so8t_train.gate_installation import ATTENTION_NAMES, LAYER_LIST_NAMES, PROJECTION_NAMES
 from so8t_train.gguf_tokenizer import tokenizer_from_gguf
+from so8t_train.lazy_weights import LazyWeights
 from so8t_train.run_dir import (
     ADAPTER_CONFIG,
     ADAPTER_TENSORS,
@@ -59,7 +60,7 @@ class Adapter(NamedTuple):
 
 
 class OpenRun(NamedTuple):
-    """A verified run with its base and adapter in memory."""
+    """A verified run: its adapter in memory, its base open."""
 
     directory: Path
     manifest: RunManifest
@@ -114,37 +115,49 @@ def open_run(directory: Path) -> OpenRun:
     return OpenRun(directory, manifest, base, adapter, tokenizer)
 
 
-def merged_weights(run: OpenRun, merge_base: MergeBase) -> dict[str, Tensor]:
+def merged_weights(run: OpenRun, merge_base: MergeBase) -> LazyWeights:
     """Float32 weights by Hugging Face name of the ordinary model that the run amounts to.
 
     The vocabulary has three more rows than the base's. Tied models have no ``lm_head.weight``: the
     temperature is then in the embedding rows of the verdicts too (see ``calibrated_rows``).
     """
-    merged = base_weights(run.base, merge_base)
-    adapter = run.adapter
+    base, adapter = base_weights(run.base, merge_base), run.adapter
     rotations: dict[str, Tensor] = {}
     if adapter.gates is not None:
         composed = composed_rotations(adapter.gates.safe, adapter.gates.command)
         rotations = dict(zip(run.gated_modules, composed, strict=True))
-    for name, weight in folded_weights(merged, adapter.lora, adapter.scale, rotations):
-        merged[name] = weight.float()
-    output_rows = calibrated_rows(adapter.verdict_rows, run.manifest.temperature).float()
-    input_rows = adapter.verdict_input_rows
-    merged[EMBEDDING] = torch.cat(
-        [merged[EMBEDDING], output_rows if input_rows is None else input_rows.float()]
-    )
-    if not run.base.tied:
-        merged[OUTPUT] = torch.cat([merged[OUTPUT], output_rows])
-    return merged
+    added = _added_rows(run)
+    shapes = {
+        name: (rows + len(added[name]), *rest) if name in added else (rows, *rest)
+        for name, (rows, *rest) in base.shapes.items()
+    }
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        if name in added:
+            last = base.shapes[name][0]
+            own = base.rows(name, min(start, last), min(stop, last))
+            return torch.cat([own, added[name][max(start - last, 0) : max(stop - last, 0)]])
+        module, _, kind = name.rpartition(".")
+        lora = adapter.lora.get(module) if kind == "weight" else None
+        rows = base.rows(name, start, stop)
+        if lora is None and module not in rotations:
+            return rows
+        return folded_rows(rows, start, lora, adapter.scale, rotations.get(module)).float()
+
+    return LazyWeights(shapes, read)
 
 
-def base_weights(base: BaseWeights, merge_base: MergeBase) -> dict[str, Tensor]:
+def base_weights(base: BaseWeights, merge_base: MergeBase) -> LazyWeights:
     """The weights an adapter is merged into: the float ones, or the 8-bit ones of training."""
-    weights = dict(base.weights)
-    if merge_base == "dequant8":
-        for module in linear_names(base):
-            weights[f"{module}.weight"] = dequant8(weights[f"{module}.weight"])
-    return weights
+    if merge_base == "original":
+        return base.weights
+    held = {f"{module}.weight" for module in linear_names(base)}
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        rows = base.weights.rows(name, start, stop)
+        return dequant8(rows) if name in held else rows
+
+    return LazyWeights(base.weights.shapes, read)
 
 
 def gated_modules(base: BaseWeights) -> list[str]:
@@ -155,6 +168,14 @@ def gated_modules(base: BaseWeights) -> list[str]:
         if match is not None:
             found[int(match[1])] = module
     return [found[layer] for layer in sorted(found)]
+
+
+def _added_rows(run: OpenRun) -> dict[str, Tensor]:
+    output = calibrated_rows(run.adapter.verdict_rows, run.manifest.temperature).float()
+    if run.base.tied:
+        return {EMBEDDING: output}
+    inputs = run.adapter.verdict_input_rows
+    return {EMBEDDING: output if inputs is None else inputs.float(), OUTPUT: output}
 
 
 def _read_adapter(directory: Path) -> Adapter:
@@ -209,10 +230,10 @@ def _check_temperature(directory: Path, base: BaseWeights, temperature: float) -
 
 def _check_fit(directory: Path, base: BaseWeights, adapter: Adapter) -> None:
     for module, pair in adapter.lora.items():
-        weight = base.weights.get(f"{module}.weight")
+        own = base.weights.shapes.get(f"{module}.weight")
         shape = (pair.b.shape[0], pair.a.shape[1])
-        if weight is None or tuple(weight.shape) != shape:
-            found = "no such weight" if weight is None else f"{tuple(weight.shape)}"
+        if own != shape:
+            found = "no such weight" if own is None else f"{own}"
             raise ExportError(
                 f"{directory / ADAPTER_TENSORS}: {module}: expected a base weight of shape "
                 f"{shape}, found {found}"

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,12 @@ import llama_cpp.llama_cpp as c_api
 
 from so8t_eval.backends.llamacpp_context import mute_logs
 from so8t_eval.errors import DiskError, ExportError, UsageError
-from so8t_train.gguf_export import disk_error, sync_file
+from so8t_train.gguf_export import Progress, disk_error, sync_file
 
 _GGML_TYPE_Q8_0: Final = 8
 _LEAST_FREE_BYTES: Final = 1 << 20
+_BUFFER_BYTES: Final = 1 << 26
+_STEP: Final = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
 
 
 class QuantFormat(NamedTuple):
@@ -46,6 +49,8 @@ FORMATS: Final = {
         QuantFormat("q5_k_m", "Q5_K_M", 17, rows_at_q8=True),
         QuantFormat("q4_k_m", "Q4_K_M", 15, rows_at_q8=True),
         QuantFormat("q4_0", "Q4_0", 2, rows_at_q8=True),
+        QuantFormat("iq4_xs", "IQ4_XS", 30, rows_at_q8=True),
+        QuantFormat("q3_k_m", "Q3_K_M", 12, rows_at_q8=True),
     )
 }
 FLOAT_FORMATS: Final = ("f32", "f16", "bf16")
@@ -66,8 +71,16 @@ def parse_quants(text: str) -> list[QuantFormat]:
     return [FORMATS[name] for name in names]
 
 
-def quantize_gguf(source: Path, target: Path, quant: QuantFormat, threads: int) -> None:
+def quantize_gguf(
+    source: Path,
+    target: Path,
+    quant: QuantFormat,
+    threads: int,
+    progress: Progress = lambda _share: None,
+) -> None:
     """Write ``source`` (F16, BF16 or F32) to ``target`` in another format; metadata are kept.
+
+    ``progress`` is told the share of tensors that is done.
 
     Raises:
         DiskError: no room for the file; what was written is removed.
@@ -76,9 +89,11 @@ def quantize_gguf(source: Path, target: Path, quant: QuantFormat, threads: int) 
     parameters = c_api.llama_model_quantize_default_params()
     parameters.nthread = threads
     parameters.ftype = quant.file_type
+    if hasattr(parameters, "max_buf_size"):  # older versions map the file and hold whole tensors
+        parameters.max_buf_size = _BUFFER_BYTES
     if quant.rows_at_q8:
         parameters.token_embedding_type = parameters.output_tensor_type = _GGML_TYPE_Q8_0
-    with _collected_log() as log:
+    with _collected_log(progress) as log:
         code = c_api.llama_model_quantize(
             os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)
         )
@@ -97,12 +112,14 @@ def quantize_gguf(source: Path, target: Path, quant: QuantFormat, threads: int) 
 
 
 @contextmanager
-def _collected_log() -> Iterator[list[str]]:
+def _collected_log(progress: Progress) -> Iterator[list[str]]:
     lines: list[str] = []
 
     @c_api.llama_log_callback  # type: ignore[untyped-decorator]
     def collect(_level: int, text: bytes, _data: object) -> None:
         lines.append(text.decode("utf-8", "replace"))
+        if step := _STEP.match(lines[-1]):
+            progress(int(step[1]) / int(step[2]))
 
     c_api.llama_log_set(collect, ctypes.c_void_p(0))
     try:

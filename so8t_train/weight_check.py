@@ -17,6 +17,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from so8t_train.lazy_weights import LazyWeights, row_blocks, rows_of, shape_of
 from so8t_train.run_dir import ADAPTER_CONFIG, ADAPTER_TENSORS, SAFETY_TENSORS
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -104,7 +105,7 @@ def check_rotations(tensors: RunTensors, modules: list[str]) -> list[RotationChe
 
 def check_weights(
     tensors: RunTensors,
-    base: Mapping[str, Tensor],
+    base: LazyWeights,
     merged: Mapping[str, Tensor],
     modules: list[str],
     temperature: float,
@@ -118,17 +119,45 @@ def check_weights(
     if tensors.safe is not None and tensors.command is not None:
         for i, module in enumerate(modules):
             rotations[module] = exponential(tensors.command[i]) @ exponential(tensors.safe[i])
-    checks = []
-    for name, weight in base.items():
-        expected = _expected(tensors, rotations, name, weight, temperature)
-        found = merged.get(name)
-        if expected is None:  # untouched: the same numbers, which equality says faster
-            same = found is not None and torch.equal(found, weight)
-            checks.append(WeightCheck(name, 0.0 if same else math.inf))
-        else:
-            checks.append(WeightCheck(name, _residual(found, expected)))
-    surplus = [WeightCheck(name, math.inf) for name in merged if name not in base]
-    return checks + surplus
+    checks = [
+        WeightCheck(
+            name,
+            _residual(tensors, rotations, name, base=base, merged=merged, temperature=temperature),
+        )
+        for name in base.shapes
+    ]
+    return checks + [WeightCheck(name, math.inf) for name in merged if name not in base]
+
+
+def _residual(
+    tensors: RunTensors,
+    rotations: Mapping[str, FloatArray],
+    name: str,
+    *,
+    base: LazyWeights,
+    merged: Mapping[str, Tensor],
+    temperature: float,
+) -> float:
+    added = _added_rows(tensors, name, temperature)
+    last, *rest = base.shapes[name]
+    shape = (last + len(added), *rest)
+    if name not in merged or shape_of(merged, name) != shape:
+        return math.inf
+    differences, norms = [0.0], [0.0]
+    for start, stop in row_blocks(shape):
+        found = rows_of(merged, name, start, stop)
+        weight = base.rows(name, min(start, last), min(stop, last))
+        expected = _expected(tensors, rotations, name, weight, start)
+        if expected is None and not len(added):
+            if not torch.equal(found, weight):  # untouched: the same numbers
+                return math.inf
+            continue
+        value = weight.numpy().astype(np.float64) if expected is None else expected
+        if len(added):
+            value = np.vstack([value, added[max(start - last, 0) : max(stop - last, 0)]])
+        differences.append(float(np.linalg.norm(found.numpy().astype(np.float64) - value)))
+        norms.append(float(np.linalg.norm(value)))
+    return math.hypot(*differences) / max(math.hypot(*norms), float(np.finfo(np.float32).tiny))
 
 
 def _expected(
@@ -136,38 +165,34 @@ def _expected(
     rotations: Mapping[str, FloatArray],
     name: str,
     weight: Tensor,
-    temperature: float,
+    start: int,
 ) -> FloatArray | None:
+    """What the rows from ``start`` on must be; None: what they are in the base."""
     module = name.rpartition(".")[0]
-    if module in ("model.embed_tokens", "lm_head"):
-        return _extended(tensors, module, weight.numpy().astype(np.float64), temperature)
+    stop = start + len(weight)
     is_weight = name.endswith(".weight")
     if module not in rotations and not (is_weight and module in tensors.lora):
         return None
     value = weight.numpy().astype(np.float64)
     if is_weight and module in tensors.lora:
         a, b = tensors.lora[module]
-        value = value + (b * tensors.scale) @ a
+        value += (b[start:stop] * tensors.scale) @ a
     if module in rotations:
-        rotation = rotations[module]
+        rotation = rotations[module][start // 8 : stop // 8]
         parts = value.reshape(rotation.shape[0], 8, -1)
         value = np.einsum("bij,bjk->bik", rotation, parts, optimize=True).reshape(value.shape)
     return value
 
 
-def _extended(tensors: RunTensors, module: str, rows: FloatArray, temperature: float) -> FloatArray:
+def _added_rows(tensors: RunTensors, name: str, temperature: float) -> FloatArray:
+    module = name.rpartition(".")[0]
     if module == "model.embed_tokens" and tensors.verdict_input_rows is not None:
-        return np.vstack([rows, tensors.verdict_input_rows])
+        return tensors.verdict_input_rows
+    if module not in ("model.embed_tokens", "lm_head"):
+        return np.zeros((0, 0))
     own = tensors.verdict_rows
-    shared = own.mean(axis=0) * (1 - 1 / temperature)
-    return np.vstack([rows, own / temperature + shared])
-
-
-def _residual(found: Tensor | None, expected: FloatArray) -> float:
-    if found is None or tuple(found.shape) != expected.shape:
-        return math.inf
-    difference = float(np.linalg.norm(found.numpy().astype(np.float64) - expected))
-    return difference / max(float(np.linalg.norm(expected)), float(np.finfo(np.float32).tiny))
+    added: FloatArray = own / temperature + own.mean(axis=0) * (1 - 1 / temperature)
+    return added
 
 
 def _check_layer(module: str, safe: FloatArray, command: FloatArray) -> RotationCheck:

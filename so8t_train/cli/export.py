@@ -17,7 +17,7 @@ import click
 )
 @click.option(
     "--quant",
-    help="Comma-separated: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0.  "
+    help="Comma-separated: f32, f16, bf16, q8_0, q6_k, q5_k_m, q4_k_m, q4_0, iq4_xs, q3_k_m.  "
     "[default: f16,q8_0; for hf: f32]",
 )
 @click.option(
@@ -46,6 +46,19 @@ import click
     show_default=True,
     help="Number of cases to take of it, verdicts in proportion.",
 )
+@click.option(
+    "--certificate",
+    type=click.Choice(["full", "weights", "none"]),
+    default="full",
+    show_default=True,
+    help="full compares the live model, the merged one and every file on cases, and needs memory "
+    "for whole float models.  weights recomputes every merged tensor and runs nothing.",
+)
+@click.option(
+    "--split-max-size",
+    metavar="SIZE",
+    help="Split larger GGUF files into parts of at most 500M, 2G, …; llama.cpp opens the first.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 def export(
     *,
@@ -56,27 +69,32 @@ def export(
     merge_base: Literal["original", "dequant8"] | None,
     calibration: Path | None,
     calibration_cases: int,
+    certificate: Literal["full", "weights", "none"],
+    split_max_size: str | None,
     threads: int | None,
 ) -> None:
     """Fold a run into one GGUF per quantization.
 
     RUN is a directory written by so8t-train fit. LoRA is merged and the rotation gates are folded,
     so the files are ordinary models for any llama.cpp program. certificate.json states how exactly;
-    an export that fails it leaves no model behind.
+    an export that fails it leaves no model behind. Weights are read, merged and written one block
+    of rows at a time.
     """
+    from so8t_train.cli.export_progress import ExportProgress, result_lines
     from so8t_train.export import ExportOptions
     from so8t_train.export import export as run_export
 
-    options = ExportOptions(kind, quant, merge_base, calibration, calibration_cases, threads)
-    result = run_export(run, output_dir, options, lambda line: click.echo(line, err=True))
-    n = result.certificate.calibration.n
-    for file in result.certificate.files:
-        if file.kept:
-            found = file.difference
-            click.echo(
-                f"{output_dir / file.file}  {file.bytes / 1e6:.0f} MB  verdict probabilities "
-                f"within {found.max_probability_difference:.4f} (mean "
-                f"{found.mean_probability_difference:.4f}) of the float model, "
-                f"{len(found.flips)} of {n} verdicts flipped"
-            )
-    click.echo(f"certificate passed in {result.seconds:.0f} s: {output_dir / 'certificate.json'}")
+    options = ExportOptions(
+        kind,
+        quant,
+        merge_base,
+        calibration,
+        calibration_cases,
+        threads,
+        certificate,
+        split_max_size,
+    )
+    with ExportProgress() as shown:
+        result = run_export(run, output_dir, options, shown.news, shown.share)
+    for line in result_lines(result):
+        click.echo(line)

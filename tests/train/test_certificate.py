@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from so8t_train.calibration import Difference
 from so8t_train.certificate import Tolerances, check, failures, file_checks
 from so8t_train.certification import output_residuals, weight_evidence
 from so8t_train.export import ExportOptions, export, export_reference_gguf, facts_of
-from so8t_train.fold import composed_rotations, folded_weights
+from so8t_train.fold import composed_rotations
 from so8t_train.gguf_export import write_gguf
 from so8t_train.merged_model import merged_weights, open_run
 from so8t_train.run_dir import load_run
@@ -123,14 +123,18 @@ def test_live_layers_alone_reveal_a_wrong_fold(
 def test_a_lora_update_left_out_is_named(
     run: Path, options: ExportOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = "model.layers.1.mlp.up_proj.weight"
+    missing = "model.layers.1.mlp.up_proj"
+    whole = merged_model._read_adapter
 
-    def incomplete(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        return (item for item in folded_weights(*arguments) if item[0] != missing)
+    def incomplete(directory: Path) -> merged_model.Adapter:
+        adapter = whole(directory)
+        del adapter.lora[missing]
+        return adapter
 
-    monkeypatch.setattr(merged_model, "folded_weights", incomplete)
-    with pytest.raises(ExportError, match=missing):
-        export(run, tmp_path / "out", options)
+    monkeypatch.setattr(merged_model, "_read_adapter", incomplete)
+    for level in ("full", "weights"):
+        with pytest.raises(ExportError, match=f"{missing}.weight"):
+            export(run, tmp_path / level, options._replace(certificate=level))
     with pytest.raises(ExportError, match=missing):
         export_reference_gguf(run, tmp_path / "reference.gguf")
     assert not (tmp_path / "reference.gguf").exists()

@@ -10,6 +10,9 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from gguf import GGUFReader
+from llama_cpp import Llama
+from safetensors.torch import load_file, save_file
 from support.export_run import calibration_file, make_base, make_run
 
 from so8t_eval.backends.llamacpp import LlamaCppBackend
@@ -22,6 +25,7 @@ from so8t_train.certificate import Certificate
 from so8t_train.cli import main
 from so8t_train.export import ExportOptions, export, export_reference_gguf
 from so8t_train.export_staging import staged
+from so8t_train.gguf_export import Float16RangeError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
@@ -212,3 +216,107 @@ def test_a_missing_run_is_a_run_time_error(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["export", str(tmp_path / "none"), "-o", str(tmp_path / "o")])
     assert result.exit_code == 3
     assert "is not a directory" in result.stderr
+
+
+def test_without_a_model_run_the_files_are_the_same(
+    run: Path, options: ExportOptions, tmp_path: Path
+) -> None:
+    full = export(run, tmp_path / "full", options._replace(quants="q8_0,f32"))
+    weights = export(
+        run, tmp_path / "w", options._replace(quants="q8_0,f32", certificate="weights")
+    )
+    none = export(run, tmp_path / "none", options._replace(quants="q8_0,f32", certificate="none"))
+    for name in ("model-Q8_0.gguf", "model-F32.gguf"):
+        expected = (full.directory / name).read_bytes()
+        assert (weights.directory / name).read_bytes() == expected
+        assert (none.directory / name).read_bytes() == expected
+    names = sorted(path.name for path in none.directory.iterdir())
+    assert names == ["certificate.json", "model-F32.gguf", "model-Q8_0.gguf"]
+    found = weights.certificate
+    assert (found.level, found.passed, found.calibration) == ("weights", True, None)
+    assert [item.name for item in found.checks] == [
+        "rotation orthogonality",
+        "rotation determinant",
+        "merged weight",
+    ]
+    assert (none.certificate.level, none.certificate.passed) == ("none", None)
+    assert none.certificate.checks == []
+    for file in found.files:
+        assert file.difference is None
+        assert file.sha256 == file_sha256(weights.directory / file.file)
+
+
+def test_large_files_are_split_and_llama_cpp_loads_them(
+    run: Path, options: ExportOptions, tmp_path: Path
+) -> None:
+    split = options._replace(quants="f16,q8_0", split_max_size="100K")
+    result = export(run, tmp_path / "split", split)
+    whole = export(run, tmp_path / "whole", options._replace(quants="f16,q8_0"))
+    for one, other in zip(result.certificate.files, whole.certificate.files, strict=True):
+        assert one.difference == other.difference
+        parts = [one.file, *one.further_parts]
+        assert len(parts) > 1
+        pattern = f"model-{one.format}-0000?-of-0000{len(parts)}.gguf"
+        assert parts == sorted(path.name for path in result.directory.glob(pattern))
+        assert one.further_parts[parts[-1]] == file_sha256(result.directory / parts[-1])
+        assert _tensors(result.directory, parts) == _tensors(whole.directory, [other.file])
+        native = Llama(str(result.directory / parts[0]), n_ctx=64, verbose=False)
+        assert len(native.create_completion([0, 1, 2], max_tokens=1)["choices"]) == 1
+        native.close()
+    assert not list(result.directory.glob("model-F16.gguf"))
+
+
+def _tensors(directory: Path, parts: list[str]) -> dict[str, bytes]:
+    return {
+        tensor.name: tensor.data.tobytes()
+        for part in parts
+        for tensor in GGUFReader(directory / part).tensors
+    }
+
+
+@pytest.mark.parametrize("size", ["2", "1.5G", "G", "0M"])
+def test_a_size_that_is_none_is_an_error(run: Path, size: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--split-max-size: expected a size such as 500M"):
+        export(run, tmp_path / "out", ExportOptions(split_max_size=size))
+    with pytest.raises(UsageError, match="--format gguf only"):
+        export(run, tmp_path / "out", ExportOptions(format="hf", split_max_size="2G"))
+
+
+def test_weights_beyond_float16_are_quantized_from_float32(
+    options: ExportOptions, tmp_path: Path
+) -> None:
+    base = make_base(tmp_path / "base", "llama")
+    file = base / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][0, 0] = 1e5
+    save_file(weights, file, metadata={"format": "pt"})
+    run = make_run(tmp_path / "run", base, load_in_8bit=False)
+    weak = options._replace(certificate="weights")
+    assert [f.format for f in export(run, tmp_path / "q", weak).certificate.files] == ["Q8_0"]
+    with pytest.raises(Float16RangeError, match="beyond float16's range"):
+        export(run, tmp_path / "f", weak._replace(quants="f16,q8_0"))
+    assert not (tmp_path / "f").exists()
+
+
+def test_progress_grows_to_the_whole_of_every_file(
+    run: Path, options: ExportOptions, tmp_path: Path
+) -> None:
+    shares: list[float] = []
+    options = options._replace(quants="bf16,q8_0", certificate="none")
+    export(run, tmp_path / "out", options, progress=shares.append)
+    assert shares.count(1.0) == 3  # the quantizer's source, Q8_0, BF16
+    starts = [i + 1 for i, share in enumerate(shares) if share == 1.0]
+    for start, stop in zip([0, *starts], starts, strict=False):
+        assert shares[start:stop] == sorted(shares[start:stop])
+
+
+def test_shards_are_read_as_one_base(run: Path, options: ExportOptions, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama", tied=False)
+    whole = export(make_run(tmp_path / "run", base, load_in_8bit=False), tmp_path / "a", options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="100KB")
+    assert len(list(base.glob("*.safetensors"))) > 2
+    shards = export(make_run(tmp_path / "again", base, load_in_8bit=False), tmp_path / "b", options)
+    for one, other in zip(whole.certificate.files, shards.certificate.files, strict=True):
+        assert one.difference == other.difference

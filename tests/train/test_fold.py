@@ -1,6 +1,5 @@
 """The fold is exact: rotating an output and rotating the weight are the same map."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,15 +8,12 @@ from so8t_train.fold import (
     LoraPair,
     calibrated_rows,
     composed_rotations,
-    folded_weights,
-    lora_delta,
+    folded_rows,
     rotate_rows,
 )
 from so8t_train.rotation_gate import rotate_blocks
 from so8t_train.so8_rotation import orthogonality_error, rotation_from_generators
 
-O_PROJ = "model.layers.0.self_attn.o_proj"
-UP_PROJ = "model.layers.0.mlp.up_proj"
 SEEDS = st.integers(0, 2**31 - 1)
 
 
@@ -59,38 +55,23 @@ def test_the_hidden_state_meets_the_safety_rotation_first(seed: int, std: float)
     assert (composed - swapped).abs().max() > 1e-6 * std**2
 
 
-def test_weights_and_biases_that_nothing_touches_are_not_yielded() -> None:
+def test_rows_are_folded_alike_alone_and_in_the_whole_matrix() -> None:
     rng = torch.Generator().manual_seed(0)
-    weights = {
-        f"{O_PROJ}.weight": torch.randn(16, 16, generator=rng),
-        f"{O_PROJ}.bias": torch.randn(16, generator=rng),
-        f"{UP_PROJ}.weight": torch.randn(24, 16, generator=rng),
-        f"{UP_PROJ}.bias": torch.randn(24, generator=rng),
-        "model.norm.weight": torch.ones(16),
-    }
-    lora = {
-        name: LoraPair(torch.randn(2, 16, generator=rng), torch.randn(out, 2, generator=rng))
-        for name, out in ((O_PROJ, 16), (UP_PROJ, 24))
-    }
-    rotation = composed_rotations(*_generators(3, 1, 2, 0.7))[0]
-    folded = dict(folded_weights(weights, lora, 2.0, {O_PROJ: rotation}))
-    assert set(folded) == {f"{O_PROJ}.weight", f"{O_PROJ}.bias", f"{UP_PROJ}.weight"}
-    assert all(tensor.dtype == torch.float64 for tensor in folded.values())
-    merged = weights[f"{O_PROJ}.weight"].double() + lora_delta(lora[O_PROJ], 2.0)
+    weight, bias = torch.randn(24, 16, generator=rng), torch.randn(24, generator=rng)
+    lora = LoraPair(torch.randn(2, 16, generator=rng), torch.randn(24, 2, generator=rng))
+    rotation = composed_rotations(*_generators(3, 1, 3, 0.7))[0]
     full = torch.block_diag(*rotation)
-    torch.testing.assert_close(folded[f"{O_PROJ}.weight"], full @ merged)
-    torch.testing.assert_close(folded[f"{O_PROJ}.bias"], full @ weights[f"{O_PROJ}.bias"].double())
-    up = (
-        weights[f"{UP_PROJ}.weight"].double()
-        + 2.0 * lora[UP_PROJ].b.double() @ lora[UP_PROJ].a.double()
-    )
-    torch.testing.assert_close(folded[f"{UP_PROJ}.weight"], up)
-
-
-def test_an_adapter_for_a_missing_weight_is_an_error() -> None:
-    pair = LoraPair(torch.ones(1, 8), torch.ones(8, 1))
-    with pytest.raises(KeyError, match="up_proj"):
-        dict(folded_weights({}, {UP_PROJ: pair}, 1.0, {}))
+    merged = weight.double() + 2.0 * lora.b.double() @ lora.a.double()
+    whole = folded_rows(weight, 0, lora, 2.0, rotation)
+    assert whole.dtype == torch.float64
+    torch.testing.assert_close(whole, full @ merged)
+    torch.testing.assert_close(folded_rows(bias, 0, None, 2.0, rotation), full @ bias.double())
+    torch.testing.assert_close(folded_rows(weight, 0, lora, 2.0, None), merged)
+    for start, stop in ((0, 8), (8, 24), (16, 24)):
+        part = folded_rows(weight[start:stop], start, lora, 2.0, rotation)
+        torch.testing.assert_close(part, whole[start:stop], rtol=1e-14, atol=1e-14)
+        unrotated = folded_rows(weight[start:stop], start, lora, 2.0, None)
+        torch.testing.assert_close(unrotated, merged[start:stop], rtol=1e-14, atol=1e-14)
 
 
 @settings(max_examples=50, deadline=None)

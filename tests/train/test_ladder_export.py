@@ -13,8 +13,7 @@ from so8t_eval.cli import main
 from so8t_eval.drift_ladder import STEPS, ladder_provider
 from so8t_eval.drift_report import DriftReport
 from so8t_eval.errors import ExportError, ModelFileError, UsageError
-from so8t_train import export as export_module
-from so8t_train import ladder_export
+from so8t_train import float_files, ladder_export
 from so8t_train.export import ExportOptions, export
 from so8t_train.ladder_export import PROVIDER, open_ladder
 
@@ -75,8 +74,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Non
 def test_every_step_is_the_exporters_file_and_merging_is_done_once(
     run: Path, case_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merges = counted(monkeypatch, export_module, "merged_weights")
-    floats = counted(monkeypatch, export_module, "write_gguf")
+    merges = counted(monkeypatch, float_files, "merged_weights")
+    floats = counted(monkeypatch, float_files, "write_gguf")
     quantizations = counted(monkeypatch, ladder_export, "quantize_gguf")
     kept = tmp_path / "kept"
     result = drift(run, case_file, "--keep", kept, "-o", tmp_path / "d.json")
@@ -191,14 +190,14 @@ def test_a_run_that_is_none_or_altered_is_a_run_time_error(
 
 
 def test_a_wrong_merge_stops_the_ladder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = export_module.merged_weights
+    original = float_files.merged_weights
 
     def wrong(*arguments: Any) -> Any:
         weights = original(*arguments)
         name = "model.layers.1.self_attn.o_proj.weight"
-        return weights | {name: weights[name] * 1.01}
+        return {**weights, name: weights[name] * 1.01}
 
-    monkeypatch.setattr(export_module, "merged_weights", wrong)
+    monkeypatch.setattr(float_files, "merged_weights", wrong)
     with (
         pytest.raises(ExportError, match="failed its certificate"),
         open_ladder(run, ["live", "f16"], keep=None, threads=1, report=lambda _: None) as ladder,

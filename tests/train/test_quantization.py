@@ -55,6 +55,7 @@ def test_a_quantized_file_keeps_keys_and_precise_rows(
     assert np.abs(stored - exact).max() <= np.abs(exact).max() / 127
     assert tensors["output_norm.weight"].tensor_type.name == "F32"
     expected = {"q6_k": "Q6_K", "q5_k_m": "Q5_K", "q4_k_m": "Q4_K", "q4_0": "Q4_0", "q8_0": "Q8_0"}
+    expected |= {"iq4_xs": "IQ4_XS", "q3_k_m": "Q3_K"}
     assert tensors["blk.0.attn_q.weight"].tensor_type.name == expected[name]
 
 
