@@ -63,6 +63,7 @@ def test_a_file_and_a_server_in_one_run_agree(
         "verdict_mode": "logprobs",
         "concurrency": 4,
         "request_timeout_s": 120.0,
+        "window_cases": 1000,
     }
     assert "one request alone" in (log_dir / "report.md").read_text()
     server.asked.clear()
