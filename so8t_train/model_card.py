@@ -11,6 +11,7 @@ import yaml
 from so8t_eval.atomic_write import atomic_write_text
 from so8t_eval.intervals import format_interval, wilson
 from so8t_eval.labels import SEVERITY_ORDER, Verdict
+from so8t_train.memory_phases import phases_table
 from so8t_train.model_card_facts import (
     MEMORY_LOG,
     UNKNOWN,
@@ -187,7 +188,11 @@ def _memory_section(facts: RunFacts) -> str:
 
 Over {len(allocated)} steps, one line each in `{MEMORY_LOG}`.
 
-{_table(("", ""), rows)}"""
+{_table(("", ""), rows)}{_phases(facts)}"""
+
+
+def _phases(facts: RunFacts) -> str:
+    return "\n\n" + phases_table(facts.memory_phases) if facts.memory_phases else ""
 
 
 def _results_section(facts: RunFacts, dev_files: Sequence[DataFile]) -> str:

@@ -19,6 +19,7 @@ COMMANDS: Final = {
         "so8t_train.cli.families", "families", "List the model families that can be a base."
     ),
     "fit": LazyCommand("so8t_train.cli.fit", "fit", "Train CONFIG (YAML) into a run directory."),
+    "plan": LazyCommand("so8t_train.cli.plan", "plan", "Predict memory and time of a fit."),
 }
 
 

@@ -1,0 +1,317 @@
+"""Predicted memory of a fit, part by part and phase by phase, from sizes alone.
+
+Bytes follow what the training code keeps: a formula here names the module whose tensors it counts.
+Nothing is measured but the share of interpreter and imports, which is given.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final, Literal, NamedTuple
+
+from so8t_train.config import FitConfig
+from so8t_train.model_shape import ModelShape
+from so8t_train.pass_sizes import PassSize
+from so8t_train.so8_rotation import BLOCK_SIZE, GENERATOR_SIZE
+
+Device = Literal["cpu", "cuda"]
+PhaseName = Literal["load", "hold", "train", "save"]
+_FLOAT: Final = 4
+_ONEDNN_KEPT: Final = 1024
+"""Compiled matrix products that oneDNN keeps (its default ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
+_ONEDNN_BYTES: Final = 0.55 * (1 << 20)
+"""Of one of them: 1024 held 0.56 GiB in a reference fit (mallinfo2, torch 2.13, AVX-512)."""
+_MAPPED_FROM: Final = 32 << 20
+"""glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks are given back when freed, smaller ones stay in
+the heap, under whatever still lives above them."""
+_HOLES: Final = ((4, 0.55), (700, 1.75))
+"""Holes in the heap per byte of activations, by the number of different pass lengths. Measured on
+the reference model (glibc 2.36): 0.82 GiB beside 1.48 GiB after the forward pass over its largest
+step; 2.6 GiB after all 904 steps, whose passes have about 700 lengths. A freed aligned block serves
+no block of its own size, and blocks of ever new sizes leave ever new remainders."""
+_INT_BYTES: Final = 8 + 32
+"""Of a token id in a Python tuple: the pointer and the int object."""
+
+
+class Part(NamedTuple):
+    """One consumer of memory."""
+
+    name: str
+    n_bytes: int
+
+
+class Phase(NamedTuple):
+    """The parts that live at the same time when a phase needs most."""
+
+    name: PhaseName
+    parts: tuple[Part, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(part.n_bytes for part in self.parts)
+
+
+class MemoryPlan(NamedTuple):
+    """Predicted memory of a fit; bytes. On CUDA of the device, else of the process."""
+
+    phases: tuple[Phase, ...]
+    imports: int
+    """Of interpreter and libraries, measured; part of every phase on a CPU."""
+    largest: PassSize
+    """The pass that needs most."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase that needs most."""
+        return max(phase.total for phase in self.phases)
+
+
+class Setting(NamedTuple):
+    """What is trained, how, and where: all that memory follows from."""
+
+    shape: ModelShape
+    config: FitConfig
+    device: Device
+    item_bytes: int
+    """Of an activation: 2 for bfloat16, 4 for float32."""
+    holds_weights: bool
+    """Dequantized weights are kept (``fuse_cpu_lora``)."""
+
+    @property
+    def fused(self) -> bool:
+        """Adapted layers are computed by ``cpu_lora``, not by PEFT."""
+        plain = self.config.load_in_8bit and not self.config.lora_dropout
+        return plain and self.device == "cpu"
+
+
+def lora_parameters(shape: ModelShape, config: FitConfig) -> int:
+    """Numbers in A and B of every adapted layer."""
+    targets = config.lora_target_modules
+    adapted = [x for x in shape.linears if targets == "all-linear" or x.name in targets]
+    return config.lora_r * sum(linear.n_in + linear.n_out for linear in adapted)
+
+
+def trained_parameters(shape: ModelShape, config: FitConfig) -> int:
+    """Numbers that learn: LoRA, generators of both rotations, verdict rows; float32 all."""
+    learning_rotations = 1 if config.freeze == "safe" else 2
+    generators = shape.layers * shape.hidden // BLOCK_SIZE * GENERATOR_SIZE
+    rows = 0 if config.freeze == "safe" else 3 * shape.hidden
+    gates = generators * learning_rotations if config.rotation_gates else 0
+    return lora_parameters(shape, config) + gates + rows
+
+
+def base_bytes(setting: Setting) -> int:
+    """The frozen base: int8 codes and float32 row scales of linear layers, all else as activations."""
+    shape, item = setting.shape, setting.item_bytes
+    rest = shape.embedding_parameters * item
+    if not setting.config.load_in_8bit:
+        return rest + shape.linear_parameters * item
+    rows = sum(linear.n_out for linear in shape.linears)
+    scales = 2 if setting.fused else 1  # bitsandbytes' and the fused layer's
+    return rest + shape.linear_parameters + rows * _FLOAT * scales
+
+
+def held_bytes(setting: Setting) -> int:
+    """Dequantized weights: all of them, or the largest where they are made in every pass."""
+    shape = setting.shape
+    if not setting.config.load_in_8bit or setting.device != "cpu":
+        return 0
+    kept = setting.fused and setting.holds_weights
+    numbers = shape.linear_parameters if kept else max(x.parameters for x in shape.linears)
+    return numbers * setting.item_bytes
+
+
+def layer_bytes_per_token(setting: Setting, *, temporal: bool) -> int:
+    """What autograd keeps of a token in one decoder layer.
+
+    transformers' norms and the rotation gate (``rotate_blocks``) keep their float32 input, packed
+    attention float32 query, key and value (``span_attention``), the MLP four tensors of its width,
+    PET (``temporal`` term) the second difference of the gated output.
+    """
+    shape, item, config = setting.shape, setting.item_bytes, setting.config
+    hidden, query, key, wide = shape.hidden, shape.query_width, shape.key_width, shape.intermediate
+    in_float = shape.norms_per_layer * hidden + query + 2 * key
+    if config.rotation_gates:
+        in_float += hidden * (2 if temporal else 1)
+    if shape.head_norms:
+        in_float += query + key
+    inputs = _linear_inputs(setting)
+    return int(_FLOAT * in_float + item * 3 * wide + inputs)
+
+
+def _linear_inputs(setting: Setting) -> float:
+    """Bytes per token of the inputs and inner products that a layer's linear modules keep.
+
+    A fused layer keeps both in the activations' dtype, and layers with one input share it. PEFT
+    keeps a float32 copy for every adapted layer; with dropout its mask too, which on a CPU is as
+    wide as the copy.
+    """
+    shape, item, rank = setting.shape, setting.item_bytes, setting.config.lora_r
+    inner = rank * len(shape.linears) / shape.layers
+    each = sum(linear.n_in for linear in shape.linears) / shape.layers
+    shared = 2 * shape.hidden + shape.query_width + shape.intermediate
+    if setting.config.lora_dropout:
+        mask = _FLOAT if setting.device == "cpu" else 1
+        return _FLOAT * (each + inner) + mask * each
+    if setting.fused or item == _FLOAT:
+        return item * (shared + inner)
+    return _FLOAT * (each + inner)
+
+
+class PassMemory(NamedTuple):
+    """What one pass adds at its peak, bytes."""
+
+    activations: int
+    """Kept by autograd for the backward pass."""
+    working: int
+    """Of the layer that is computed backward."""
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The logits are gone when the first layer's backward begins: the larger of both counts."""
+        return self.activations + max(self.working, self.logits)
+
+
+def pass_memory(setting: Setting, size: PassSize) -> PassMemory:
+    """Memory of one pass.
+
+    Logits are computed at supervised positions only (``losses``), three float32 copies at most: log
+    probabilities, their gradient and the logits' gradient.
+    """
+    shape, item, config = setting.shape, setting.item_bytes, setting.config
+    temporal = size.kind == "verdict" and bool(config.pet_weight and config.rotation_gates)
+    one_layer = layer_bytes_per_token(setting, temporal=temporal)
+    # MLP backward: gradients of the product, of both factors, and of the gated input.
+    work = 4 * item * shape.intermediate + _FLOAT * shape.hidden
+    kept = one_layer * shape.layers
+    if config.gradient_checkpointing:
+        # A layer's input each, and PET's term, which lies outside of what is recomputed.
+        kept = shape.layers * shape.hidden * (item + (_FLOAT if temporal else 0))
+        work += one_layer
+    logits = 3 * _FLOAT * size.supervised * (shape.vocabulary + 3)
+    return PassMemory(size.tokens * kept, size.tokens * work, logits)
+
+
+def plan_memory(
+    setting: Setting, passes: Sequence[PassSize], *, imports: int, token_ids: int
+) -> MemoryPlan:
+    """Memory of every phase; ``passes`` are those of the whole fit, ``token_ids`` its tokens."""
+    shape, config = setting.shape, setting.config
+    on_cpu = setting.device == "cpu"
+    trained = trained_parameters(shape, config) * _FLOAT
+    process = (Part("interpreter and imports", imports),) if on_cpu else ()
+    base = Part("base weights", base_bytes(setting))
+    adapters = Part("adapters", trained)
+    held = Part("dequantized weights", held_bytes(setting))
+    data = Part("token ids", token_ids * _INT_BYTES if on_cpu else 0)
+    largest = max(passes, key=lambda size: pass_memory(setting, size).total)
+    still = (*process, base, adapters, data, held)
+    left = _left(setting)
+    learning = (
+        Part("gradients", trained),
+        Part("optimizer state", 2 * trained),
+        Part("rotations of the step", _rotation_bytes(setting)),
+        Part("compiled matrix products", _compiled_bytes(setting, passes)),
+    )
+    working = _at_work(setting, passes, largest, left)
+    copies = Part("checkpoint copies", 2 * trained)
+    phases = (
+        Phase("load", (*process, *_loading(setting))),
+        Phase("hold", (*still, Part("holes in the heap", left))),
+        Phase("train", (*still, *learning, *working)),
+        # The heap stays as large as training made it; only what was mapped is given back.
+        Phase("save", (*still, *learning[1:], *working[:2], copies)),
+    )
+    return MemoryPlan(phases, imports, largest)
+
+
+def _at_work(
+    setting: Setting, passes: Sequence[PassSize], largest: PassSize, left: int
+) -> tuple[Part, Part, Part]:
+    """What the passes need: activations, holes between them, logits.
+
+    On a CPU the heap of the largest pass is still there when another pass maps its logits, and what
+    loading has ``left`` free is used first: the holes afterwards are the more of both, not the sum.
+    """
+    if setting.device != "cpu":
+        needs = pass_memory(setting, largest)
+        return (
+            Part("activations", needs.activations),
+            Part("holes in the heap", 0),
+            Part("logits", needs.total - needs.activations),
+        )
+    needed = [pass_memory(setting, size) for size in passes]
+    mapped = [n.logits if n.logits > 3 * _MAPPED_FROM else 0 for n in needed]
+    heap = max(
+        n.activations + max(n.working, 0 if m else n.logits)
+        for n, m in zip(needed, mapped, strict=True)
+    )
+    holes = int(heap * _hole_share(len({size.tokens for size in passes})))
+    return (
+        Part("activations", heap),
+        Part("holes in the heap", max(left, holes)),
+        Part("logits", max(mapped)),
+    )
+
+
+def _hole_share(lengths: int) -> float:
+    """Bytes of holes per byte of activations: linear in the logarithm between the measurements."""
+    (few, low), (many, high) = _HOLES
+    at = math.log(max(lengths, few) / few) / math.log(many / few)
+    return low + min(1.0, at) * (high - low)
+
+
+def _left(setting: Setting) -> int:
+    """Bytes of linear weights as they were loaded, freed in the heap and used by nothing since.
+
+    A GGUF's float32 weights leave holes that the smaller held ones go into. safetensors are cast
+    before they become 8-bit: holes of the very size of the held weights, which cannot serve them.
+    """
+    shape, held = setting.shape, held_bytes(setting)
+    if setting.device != "cpu":
+        return 0
+    if shape.is_gguf:
+        casts = setting.config.load_in_8bit or setting.item_bytes != _FLOAT
+        return max(0, _in_heap(shape, _FLOAT) - held) if casts else 0
+    return _in_heap(shape, setting.item_bytes) if setting.config.load_in_8bit else 0
+
+
+def _in_heap(shape: ModelShape, item_bytes: int) -> int:
+    sizes = (linear.parameters * item_bytes for linear in shape.linears)
+    return sum(size for size in sizes if size <= _MAPPED_FROM)
+
+
+def _loading(setting: Setting) -> tuple[Part, ...]:
+    """transformers dequantizes a whole GGUF to float32; safetensors are mapped and cast."""
+    shape = setting.shape
+    if shape.is_gguf:
+        return (
+            Part("mapped file", shape.file_bytes),
+            Part("float32 weights", shape.parameters * _FLOAT),
+        )
+    return (
+        Part("mapped file", shape.file_bytes),
+        Part("base weights", base_bytes(setting)),
+        Part("holes in the heap", _left(setting)),
+    )
+
+
+def _rotation_bytes(setting: Setting) -> int:
+    """float64 exponentials of both rotations with their graph (``RotationGateBank``)."""
+    if not setting.config.rotation_gates:
+        return 0
+    blocks = setting.shape.layers * setting.shape.hidden // BLOCK_SIZE
+    return blocks * BLOCK_SIZE**2 * 8 * 2 * 6
+
+
+def _compiled_bytes(setting: Setting, passes: Sequence[PassSize]) -> int:
+    """oneDNN compiles a bfloat16 product anew for every number of tokens, and keeps 1024."""
+    if setting.device != "cpu" or setting.item_bytes == _FLOAT:
+        return 0
+    shapes = {(x.n_in, x.n_out) for x in setting.shape.linears}
+    ins, outs = {i for i, _ in shapes}, {o for _, o in shapes}
+    # Forward and backward of W, of A and of B, and both of the output matrix.
+    per_pass = 2 * len(shapes) + 3 * len(ins) + 3 * len(outs) + 2
+    distinct = len({size.tokens for size in passes}) * per_pass
+    return int(min(_ONEDNN_KEPT, distinct) * _ONEDNN_BYTES)
