@@ -28,6 +28,7 @@ from so8t_train.divergence import DivergedError, LossGuard, all_finite, diverged
 from so8t_train.losses import safety_loss, task_loss
 from so8t_train.memory_log import MemoryLog
 from so8t_train.packing import JOINED_TOKENS, PackedSequence, joined_micro_batches, pack
+from so8t_train.pass_sizes import learns_reply
 from so8t_train.pet import inertia_penalty, pet_weight
 from so8t_train.random_state import RandomState, random_state, restore_random_state
 from so8t_train.rotation_gate import LossKind, RotationPair
@@ -213,11 +214,7 @@ class Trainer:
         return self.step % self.config.save_every_steps == 0
 
     def _learns_reply(self, example: TrainingExample) -> bool:
-        if example.reply is None or not self.config.task_loss_weight:
-            return False
-        epoch = self.step // self._steps_per_epoch
-        drawn = hashlib.sha256(f"{self.config.seed}/{epoch}/{example.id}".encode()).digest()
-        return int.from_bytes(drawn[:8], "big") < self.config.task_loss_share * 2**64
+        return learns_reply(example, self.config, self.step // self._steps_per_epoch)
 
     def _backward(self, loss: Tensor, kind: LossKind, micro: Sequence[TrainingExample]) -> None:
         if not math.isfinite(float(loss.detach())):

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.file_limit import files_limited_to
 from support.tiny_fit import build, fit_config
 from torch import Tensor, nn
 
@@ -337,17 +337,6 @@ def test_plain_peft_has_lost_the_gates_and_ours_has_not(saved: SavedRun) -> None
 
 
 # -- saving -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def files_limited_to(n_bytes: int) -> Iterator[None]:
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("limit", [1000, 30_000])
