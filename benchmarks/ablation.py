@@ -31,8 +31,8 @@ from so8t_eval.intervals import Interval, format_interval
 from so8t_eval.metrics import Confusion, accuracy, confusion, confusion_from_codes
 from so8t_eval.records import read_records
 from so8t_train.base_model import resolve_base
+from so8t_train.compute_dtype import compute_dtype
 from so8t_train.config import FitConfig, load_config
-from so8t_train.fit import compute_dtype
 from so8t_train.packing import pack
 from so8t_train.safety_model import build_safety_model
 from so8t_train.training_data import tokenize_cases
@@ -97,6 +97,8 @@ def measured(split: Split, options: argparse.Namespace) -> Iterator[tuple[str, C
             "train_file": (split.path.resolve(),),
             "num_epochs": options.epochs,
             "seed": split.seed,
+            "micro_batch_size": 8,  # the same steps in half the memory: seeds may run side by side
+            "gradient_accumulation_steps": 2,
         }
     )
     dev, test = load_cases(config.dev_file[0]), load_cases(BENCHMARK)
@@ -138,6 +140,7 @@ def probed(train: list[Case], test: list[Case], config: FitConfig) -> npt.NDArra
 def trained(run: Path, config: FitConfig) -> Confusion:
     """Fit and judge in processes of their own, as a user would; finished parts are kept."""
     judged = run.with_name(f"{run.name}-judged")
+    dtype = str(compute_dtype(config)).removeprefix("torch.")
     if not (judged / "summary.json").is_file():
         file = run.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
@@ -146,7 +149,7 @@ def trained(run: Path, config: FitConfig) -> Confusion:
             command("so8t_train.cli", "fit", str(file), *resume)
         command(
             *("so8t_eval.cli", "run", str(BENCHMARK), "--model", f"torch:{run}"),
-            *("--torch-dtype", "bfloat16", "--latency-cases", "0", "--log-dir", str(judged)),
+            *("--torch-dtype", dtype, "--latency-cases", "0", "--log-dir", str(judged)),
             *(["--resume"] if judged.is_dir() else []),
         )
     return confusion(read_records(judged / "records.jsonl").records)

@@ -13,6 +13,7 @@ import torch
 from so8t_eval.backends.hf_tokenizer import HfTokenizer
 from so8t_eval.errors import ConfigError, DiskError
 from so8t_train.base_model import BaseModelSource, resolve_base
+from so8t_train.compute_dtype import EMULATED, compute_dtype, is_emulated
 from so8t_train.config import FitConfig
 from so8t_train.continuation import (
     Movement,
@@ -48,7 +49,7 @@ from so8t_train.training_data import (
 from so8t_train.training_log import MEMORY_LOG, TRAIN_LOG, TrainingLog
 from so8t_train.training_plan import shaping_settings
 
-__all__ = ["MEMORY_LOG", "TRAIN_LOG", "FitReporter", "FitResult", "Resume", "compute_dtype", "fit"]
+__all__ = ["MEMORY_LOG", "TRAIN_LOG", "FitReporter", "FitResult", "Resume", "fit"]
 
 Resume = bool | Literal["auto"]
 """False: start. True: continue an interrupted fit. auto: whichever of the two there is to do; a
@@ -220,6 +221,8 @@ def _load(config: FitConfig, reporter: FitReporter, parallel: DataParallel) -> _
     precision = "8-bit" if config.load_in_8bit else "float"
     reporter.news(f"loading {source.name} ({precision} base, {str(dtype).removeprefix('torch.')})")
     model, tokenizer = build_safety_model(source, parallel.placed(config), dtype)
+    if is_emulated(dtype, model.device):
+        reporter.news(f"warning: {EMULATED}")
     origin = None
     if directory is not None and manifest is not None:
         origin = start_from(directory, manifest, model)
@@ -233,28 +236,6 @@ def _load(config: FitConfig, reporter: FitReporter, parallel: DataParallel) -> _
     if dev_cases:
         _report_left_out("dev_file", dev_data, config.max_length, reporter)
     return _Start(source, model, tokenizer, weighted(data, config), dev_data, origin)
-
-
-def compute_dtype(config: FitConfig) -> torch.dtype:
-    """The activations' dtype: as configured, or bfloat16 where the processor multiplies it.
-
-    Raises:
-        ConfigError: float16, in which small gradients become 0 unless the loss is scaled.
-    """
-    if config.compute_dtype == "float16":
-        raise ConfigError(
-            "compute_dtype: expected auto, bfloat16 or float32, found float16; small gradients "
-            "underflow in it, and the loss is not scaled here: choose bfloat16 or float32"
-        )
-    if config.compute_dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.compute_dtype)
-        return dtype
-    if torch.cuda.is_available() and config.device_map != "cpu":
-        capable = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if capable else torch.float32
-    # The name oneDNN gives the fastest bfloat16 kernels it found; absent: emulated and slow.
-    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    return torch.bfloat16 if capable else torch.float32
 
 
 def _report_left_out(key: str, data: TrainingSet, max_length: int, reporter: FitReporter) -> None:

@@ -9,9 +9,9 @@ import torch
 
 from so8t_train.base_model import BaseModelSource, load_tokenizer
 from so8t_train.base_vocabulary import embedding_rows
+from so8t_train.compute_dtype import compute_dtype
 from so8t_train.config import FitConfig
 from so8t_train.cpu_lora import MOST_MEMORY_SHARE
-from so8t_train.fit import compute_dtype
 from so8t_train.memory_plan import Device, MemoryPlan, Setting, lora_parameters, plan_memory
 from so8t_train.model_shape import ModelShape, locate_base, read_shape
 from so8t_train.pass_sizes import PassSize, fit_passes

@@ -72,6 +72,10 @@ def _as_dict(plan: "FitPlan", time: "TimePlan") -> dict[str, Any]:
 
 
 def _print(printer: "TablePrinter", plan: "FitPlan", time: "TimePlan") -> None:
+    import torch
+
+    from so8t_train.compute_dtype import EMULATED, is_emulated
+
     memory, size = plan.memory, plan.memory.largest
     names = list(dict.fromkeys(part.name for phase in memory.phases for part in phase.parts))
     rows = [
@@ -95,6 +99,8 @@ def _print(printer: "TablePrinter", plan: "FitPlan", time: "TimePlan") -> None:
         f"time {_duration(time.seconds_per_epoch)} per epoch, {_duration(time.seconds)} for "
         f"{plan.work.steps} steps ({time.basis})"
     )
+    if is_emulated(getattr(torch, plan.dtype), torch.device(plan.device)):
+        printer.line(f"warning: {EMULATED}")
     if plan.left_out:
         printer.line(f"{plan.left_out} cases are longer than max_length and left out")
     if plan.suggestions:
