@@ -15,6 +15,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 MAX_SEED = 2**32 - 1
+SHIPPED_CORPUS = Path("shipped")
+"""In ``replay_file``: the training file that comes with the package."""
 
 
 class FitConfig(BaseModel):
@@ -32,6 +34,11 @@ class FitConfig(BaseModel):
     """JSONL case files to train on; relative to this configuration file."""
     dev_file: tuple[Path, ...] = ()
     """JSONL case files for the dev split: progress, calibration and temperature, never training."""
+    replay_file: tuple[Path, ...] = ()
+    """JSONL case files of an earlier training to draw from and learn beside ``train_file``, relative
+    to this file; ``shipped`` is the reference model's corpus."""
+    replay_cases: Annotated[int, Field(ge=1)] | None = None
+    """Cases drawn from ``replay_file``, by verdict as there; default: as many as ``train_file`` has."""
     init_from: Path | None = None
     """Run directory to continue from, relative to this file; ``reference`` is the shipped one."""
     output_dir: Path
@@ -130,7 +137,7 @@ class FitConfig(BaseModel):
     merge_base: Literal["original", "dequant8"] = "original"
     """Weights the export merges into: the original float ones, or the dequantized 8-bit ones."""
 
-    @field_validator("train_file", "dev_file", mode="before")
+    @field_validator("train_file", "dev_file", "replay_file", mode="before")
     @classmethod
     def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str | Path) else value
@@ -145,6 +152,11 @@ class FitConfig(BaseModel):
             )
         if not self.train_file:
             raise ValueError("train_file: expected at least one file")
+        if self.replay_cases and not self.replay_file:
+            raise ValueError(
+                "replay_cases: expected a replay_file to draw from, found none; add "
+                "replay_file: shipped"
+            )
         return self
 
     @property
@@ -178,6 +190,9 @@ def load_config(path: Path | str) -> FitConfig:
         update={
             "train_file": tuple(root / file for file in config.train_file),
             "dev_file": tuple(root / file for file in config.dev_file),
+            "replay_file": tuple(
+                file if file == SHIPPED_CORPUS else root / file for file in config.replay_file
+            ),
             "init_from": _origin(config.init_from, root),
         }
     )

@@ -33,6 +33,7 @@ from so8t_train.dev_evaluation import (
 )
 from so8t_train.emergency import saved_on_failure
 from so8t_train.operating_points import OperatingPoint, operating_points
+from so8t_train.replay import REPLAYED, load_fit_cases
 from so8t_train.run_dir import MANIFEST, read_manifest, save_run
 from so8t_train.safety_model import SafetyModel, build_safety_model, use_training_kernels
 from so8t_train.step_report import StepReport, TrainingHooks
@@ -214,8 +215,12 @@ def _load(config: FitConfig, reporter: FitReporter, parallel: DataParallel) -> _
             "continue with init_from: DIR, or init_from: reference"
         )
     manifest = check_origin(directory, source, config) if directory else None
-    cases = load_training_cases(config.train_file)
+    cases, n_replayed = load_fit_cases(config)
     check_verdicts(cases, config)
+    if n_replayed:
+        reporter.news(
+            f"replaying {n_replayed} cases beside {len(cases) - n_replayed} of train_file"
+        )
     dev_cases = load_training_cases(config.dev_file) if config.dev_file else []
     dtype = compute_dtype(config)
     precision = "8-bit" if config.load_in_8bit else "float"
@@ -333,6 +338,7 @@ def _training_summary(
     return {
         "steps": trainer.step,
         "cases": len(trainer.examples),
+        "replayed": sum(example.id.startswith(REPLAYED) for example in trainer.examples),
         "cases_per_step": config.cases_per_step,
         "seconds": 0.0 if logs is None else round(logs.step_seconds, 1),
         "resumed": resumed,

@@ -15,10 +15,10 @@ from so8t_train.cpu_lora import MOST_MEMORY_SHARE
 from so8t_train.memory_plan import Device, MemoryPlan, Setting, lora_parameters, plan_memory
 from so8t_train.model_shape import ModelShape, locate_base, read_shape
 from so8t_train.pass_sizes import PassSize, fit_passes
+from so8t_train.replay import load_fit_cases
 from so8t_train.training_data import (
     TrainingExample,
     TrainingSet,
-    load_training_cases,
     tokenize_cases,
 )
 from so8t_train.training_plan import total_steps
@@ -116,7 +116,7 @@ def imported_bytes() -> int:
 def tokenized_examples(config: FitConfig, source: BaseModelSource) -> TrainingSet:
     """The training set as a fit will tokenize it, its class weights aside."""
     first = embedding_rows(source)
-    cases = load_training_cases(config.train_file)
+    cases = load_fit_cases(config).cases
     verdict_ids = (first, first + 1, first + 2)
     return tokenize_cases(cases, load_tokenizer(source), verdict_ids, None, config.max_length)
 

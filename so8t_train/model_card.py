@@ -24,7 +24,7 @@ from so8t_train.model_card_facts import (
 CARD: Final = "README.md"
 _EMBEDDED: Final = "embedded:smollm2-135m-instruct"
 _EMBEDDED_HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_PLACES: Final = {"train_file", "dev_file", "output_dir", "offload_folder"}
+_PLACES: Final = {"train_file", "dev_file", "replay_file", "output_dir", "offload_folder"}
 _SETTINGS: Final = (
     ("load_in_8bit", "8-bit base (LLM.int8)"),
     ("compute_dtype", "Compute dtype"),
@@ -140,13 +140,21 @@ def _data_section(facts: RunFacts, train: Sequence[DataFile], dev: Sequence[Data
         for file in files
     ]
     verdicts = " / ".join(verdict.value for verdict in SEVERITY_ORDER)
+    n_cases, replayed = _text(facts.training.get("cases")), facts.training.get("replayed")
+    of_them = f", {replayed} of them drawn from {_replay(facts)}" if replayed else ""
     return f"""## Data
 
 | Split | File | Cases ({verdicts}) | SHA-256 |
 | --- | --- | --- | --- |
 {chr(10).join(rows) or f"| {UNKNOWN} | | | |"}
 
-Trained on {_text(facts.training.get("cases"))} cases. Dev cases served progress and temperature."""
+Trained on {n_cases} cases{of_them}. Dev cases served progress and temperature."""
+
+
+def _replay(facts: RunFacts) -> str:
+    files = facts.config.get("replay_file")
+    names = files if isinstance(files, list) else []
+    return " and ".join("the shipped corpus" if f == "shipped" else f"`{f}`" for f in names)
 
 
 def _training_section(facts: RunFacts) -> str:

@@ -227,6 +227,7 @@ def _without_paths(config: FitConfig) -> FitConfig:
         update={
             "train_file": tuple(Path(file.name) for file in config.train_file),
             "dev_file": tuple(Path(file.name) for file in config.dev_file),
+            "replay_file": tuple(Path(file.name) for file in config.replay_file),
             "output_dir": Path(config.output_dir.name),
             "offload_folder": None,
             "init_from": Path(config.init_from.name) if config.init_from else None,

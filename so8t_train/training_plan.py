@@ -37,6 +37,8 @@ def shaping_settings(config: FitConfig) -> dict[str, Any]:
         "threads",
         "train_file",
         "dev_file",
+        "replay_file",
+        "replay_cases",
         "eval_every_steps",
         "eval_max_cases",
         "max_loss_ratio",
