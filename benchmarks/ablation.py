@@ -1,19 +1,22 @@
 """What each ingredient of SO8T adds: the same cases and steps, one ingredient more per row.
 
-    python benchmarks/ablation.py DIRECTORY [--cases 1600] [--epochs 1] [--seeds 1 2 3]
+    python benchmarks/ablation.py DIRECTORY [--cases 800] [--epochs 1] [--seeds 1 2 3]
 
 Trains every variant on the same drawn cases with so8t-train fit and judges the benchmark with
 so8t-eval run, in PyTorch. What is finished in DIRECTORY is not done again, so an interrupted
-ablation goes on, and more seeds can be added later. Prints a Markdown table: per row the mean and the
+ablation goes on. Every outcome is a line of --results, which comes with the repository: what stands
+there for the same seed, cases and epochs is not measured again, so that seeds can be added on
+another day and machine. Prints a Markdown table: per row the mean and the
 standard deviation over seeds, and the 95 % interval of the seed that is in the middle by accuracy.
 """
 
 import argparse
+import json
 import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +52,7 @@ TRAINED: dict[str, dict[str, object]] = {
     "+ PET": NO_REPLIES,
     "+ replies": {},
 }
+MODELS = [WORDS, PROBE, *TRAINED]
 METRICS: dict[str, Callable[[Confusion], Interval]] = {"Accuracy": accuracy, **RATES}
 
 
@@ -62,11 +66,18 @@ class Split(NamedTuple):
 
 def main() -> None:
     options = parse_options()
-    rows: dict[str, list[Confusion]] = {}
+    rows: dict[str, list[Confusion]] = {name: [] for name in options.models}
     for seed in options.seeds:
         split = draw(options.directory / f"train-{seed}.jsonl", options.cases, seed)
-        for name, counts in measured(split, options):
-            rows.setdefault(name, []).append(counts)
+        for name in options.models:
+            key = {"model": name, "seed": seed, "cases": options.cases, "epochs": options.epochs}
+            counts = known(options.results, key)
+            if counts is None:
+                counts = measured(name, split, options)
+                with options.results.open("a", encoding="utf-8", newline="\n") as stream:
+                    row = {**key, "torch": torch.__version__, "dtype": dtype_name(split, options)}
+                    stream.write(json.dumps({**row, "confusion": counts.tolist()}) + "\n")
+            rows[name].append(counts)
             print(f"seed {seed}: {name}: accuracy {accuracy(counts).value}", flush=True)
     print_table(rows, options)
 
@@ -74,10 +85,21 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--cases", type=int, default=1600)
+    parser.add_argument("--cases", type=int, default=800)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="MODEL")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/ablation.jsonl")
     return parser.parse_args()
+
+
+def known(results: Path, key: dict[str, object]) -> Confusion | None:
+    """The outcome that stands in the results under ``key``."""
+    lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
+    for row in map(json.loads, lines):
+        if key.items() <= row.items():
+            return np.array(row["confusion"], dtype=np.int64)
+    return None
 
 
 def draw(path: Path, n: int, seed: int) -> Split:
@@ -90,24 +112,35 @@ def draw(path: Path, n: int, seed: int) -> Split:
     return Split(path, load_cases(path), seed)
 
 
-def measured(split: Split, options: argparse.Namespace) -> Iterator[tuple[str, Confusion]]:
-    """Every row's confusion matrix on the benchmark for one seed."""
-    config = load_config(CONFIG).model_copy(
+def settings(split: Split, options: argparse.Namespace) -> FitConfig:
+    """The reference configuration on a drawn split; no dev split, as nothing is calibrated."""
+    return load_config(CONFIG).model_copy(
         update={
             "train_file": (split.path.resolve(),),
+            "dev_file": (),
             "num_epochs": options.epochs,
             "seed": split.seed,
             "micro_batch_size": 8,  # the same steps in half the memory: seeds may run side by side
             "gradient_accumulation_steps": 2,
         }
     )
-    dev, test = load_cases(config.dev_file[0]), load_cases(BENCHMARK)
-    expected = codes(test)
-    yield WORDS, confusion_from_codes(expected, fitted(split.train, dev, test).predicted)
-    yield PROBE, confusion_from_codes(expected, probed(split.train, test, config))
-    for i, (name, changes) in enumerate(TRAINED.items()):
-        run = options.directory.resolve() / f"run-{split.seed}-{i}"
-        yield name, trained(run, config.model_copy(update={"output_dir": run, **changes}))
+
+
+def dtype_name(split: Split, options: argparse.Namespace) -> str:
+    """The activations' dtype on this machine."""
+    return str(compute_dtype(settings(split, options))).removeprefix("torch.")
+
+
+def measured(name: str, split: Split, options: argparse.Namespace) -> Confusion:
+    """One row's confusion matrix on the benchmark for one seed."""
+    config, test = settings(split, options), load_cases(BENCHMARK)
+    if name == WORDS:
+        dev = load_cases(load_config(CONFIG).dev_file[0])
+        return confusion_from_codes(codes(test), fitted(split.train, dev, test).predicted)
+    if name == PROBE:
+        return confusion_from_codes(codes(test), probed(split.train, test, config))
+    run = options.directory.resolve() / f"run-{split.seed}-{list(TRAINED).index(name)}"
+    return trained(run, config.model_copy(update={"output_dir": run, **TRAINED[name]}))
 
 
 def probed(train: list[Case], test: list[Case], config: FitConfig) -> npt.NDArray[np.int64]:
