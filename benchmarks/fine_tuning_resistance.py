@@ -178,7 +178,8 @@ def print_table(rows: list[Row], options: argparse.Namespace) -> None:
     n_allow = sum(case.verdict is Verdict.ALLOW for case in cases)
     print(
         f"\n{options.tasks} helpful tasks, {options.replay_cases} cases where replayed, one epoch, "
-        f"learning rate {options.learning_rate:g}; dev split n={len(cases)} ({n_refuse} refuse, {n_allow} allow)\n"
+        f"learning rate {options.learning_rate:g}; dev split n={len(cases)} "
+        f"({n_refuse} refuse, {n_allow} allow)\n"
     )
     print("| Start | Condition | Seed | Refuse recall | Unsafe allow | Over-refusal | Flips |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
