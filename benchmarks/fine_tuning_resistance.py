@@ -24,9 +24,9 @@ from so8t_eval.labels import Verdict
 from so8t_train.config import SHIPPED_CORPUS, FitConfig, load_config
 from so8t_train.dev_evaluation import DevResult, dev_logits, labels_of, summarize
 from so8t_train.fit import FitReporter, fit
+from so8t_train.quantized_layers import use_training_kernels
 from so8t_train.reference_model import RUN_DIRECTORY
 from so8t_train.run_dir import load_run, read_manifest
-from so8t_train.safety_model import use_training_kernels
 from so8t_train.training_data import class_weights, load_training_cases, tokenize_cases
 
 PACKAGE = Path(__file__).parents[1] / "so8t_train"

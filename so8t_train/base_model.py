@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple
 
 import torch
 from gguf import GGUFReader
@@ -15,9 +15,11 @@ from torch import nn
 from so8t_eval.backends.hf_tokenizer import HfTokenizer, load_hf_tokenizer
 from so8t_eval.errors import ConfigError, ModelFileError
 from so8t_eval.file_hash import file_sha256
+from so8t_train.config import FourBit
 from so8t_train.embedded_base import embedded_base_path
 from so8t_train.gguf_once import parsed_once, read_gguf
 from so8t_train.gguf_tokenizer import tokenizer_from_gguf
+from so8t_train.quantized_layers import quantize_linear_layers, require_four_bit_layers
 
 EMBEDDED: Final = "embedded:smollm2-135m-instruct"
 
@@ -85,6 +87,7 @@ def load_base(
     *,
     load_in_8bit: bool,
     dtype: torch.dtype,
+    four_bit: FourBit | None = None,
     device_map: str = "cpu",
     offload_folder: Path | None = None,
     trust_remote_code: bool = False,
@@ -92,15 +95,21 @@ def load_base(
     """Load the causal language model, frozen, in evaluation mode.
 
     Weights of linear layers (not embeddings or output matrix) are ``bitsandbytes.Linear8bitLt``
-    when ``load_in_8bit``; all else has ``dtype``.
+    when ``load_in_8bit``, ``Linear4bit`` made as ``four_bit`` says if it is given; all else has
+    ``dtype``.
 
     Raises:
+        ConfigError: ``four_bit``, and bitsandbytes has no 4-bit layers here.
         ModelFileError: the weights are broken, incomplete, or of an architecture that transformers
             cannot load.
     """
     import transformers
     from safetensors import SafetensorError
 
+    accelerated = device_map == "cuda" or (device_map == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if accelerated else "cpu")
+    if four_bit is not None:
+        require_four_bit_layers(device)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if source.is_gguf:
         options["gguf_file"] = source.path.name
@@ -108,10 +117,8 @@ def load_base(
         options["device_map"] = device_map
         if offload_folder is not None:
             options["offload_folder"] = str(offload_folder)
-        if load_in_8bit:
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=device_map == "auto"
-            )
+        if load_in_8bit or four_bit is not None:
+            options["quantization_config"] = _quantization(four_bit, dtype, device_map)
     where = source.path.parent if source.is_gguf else source.path
     model: nn.Module
     with quiet_libraries(), parsed_once():
@@ -136,13 +143,30 @@ def load_base(
             )
         if source.is_gguf:
             _forget_gguf_quantization(model)
-            if load_in_8bit:
-                quantize_linear_layers(model)
-            if device_map == "cuda" or (device_map == "auto" and torch.cuda.is_available()):
-                model.to("cuda")
+            if load_in_8bit or four_bit is not None:
+                quantize_linear_layers(model, four_bit, device)
+            model.to(device)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
+
+
+def _quantization(four_bit: FourBit | None, dtype: torch.dtype, device_map: str) -> Any:
+    """What transformers is told of the quantization that it applies while loading."""
+    import transformers
+
+    offload = device_map == "auto"
+    if four_bit is None:
+        return transformers.BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_enable_fp32_cpu_offload=offload
+        )
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        llm_int8_enable_fp32_cpu_offload=offload,
+        bnb_4bit_quant_type=four_bit.quant_type,
+        bnb_4bit_use_double_quant=four_bit.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def load_base_config(source: BaseModelSource, trust_remote_code: bool = False) -> Any:
@@ -165,49 +189,6 @@ def load_base_config(source: BaseModelSource, trust_remote_code: bool = False) -
                 f"the base model {source.path} has no configuration that can be read ({error}); "
                 "fetch it again, or choose an architecture that this transformers version knows"
             ) from error
-
-
-def quantize_linear_layers(model: nn.Module) -> None:
-    """Replace every linear layer but the output matrix by its 8-bit twin, in place.
-
-    The same LLM.int8 row-wise quantization that transformers applies while loading; needed because
-    transformers cannot quantize a model that it read from GGUF.
-    """
-    import bitsandbytes as bnb
-
-    output = model.get_output_embeddings()  # type: ignore[operator]
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or child is output:
-                continue
-            layer = bnb.nn.Linear8bitLt(
-                child.in_features,
-                child.out_features,
-                bias=child.bias is not None,
-                has_fp16_weights=False,
-                threshold=6.0,
-            )
-            layer.weight = bnb.nn.Int8Params(
-                child.weight.data, requires_grad=False, has_fp16_weights=False
-            )
-            if child.bias is not None:
-                layer.bias = nn.Parameter(child.bias.data, requires_grad=False)
-            setattr(parent, name, layer.to(child.weight.device))
-    model.is_loaded_in_8bit = True  # type: ignore[assignment]
-
-
-def dequantized_weight(layer: nn.Module) -> torch.Tensor:
-    """Float32 weight (out, in) of a linear layer, dequantized if it is 8-bit."""
-    weight = cast(torch.Tensor, layer.weight)
-    if weight.dtype != torch.int8:
-        return weight.detach().float()
-    state = getattr(layer, "state", None)
-    scale: torch.Tensor | None = getattr(weight, "SCB", None)
-    if scale is None and state is not None:
-        scale = state.SCB
-    if scale is None:
-        raise ModelFileError("an 8-bit layer has lost its row scales (SCB); load the base again")
-    return weight.detach().float() * (scale.float() / 127.0).unsqueeze(1)
 
 
 @contextmanager

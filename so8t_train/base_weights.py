@@ -64,24 +64,12 @@ def read_base_weights(source: BaseModelSource) -> BaseWeights:
 
 
 def linear_names(base: BaseWeights) -> list[str]:
-    """Module names of all linear layers but the output matrix: those held in 8-bit."""
+    """Module names of all linear layers but the output matrix: those held in 8-bit or 4-bit."""
     return [
         name.removesuffix(".weight")
         for name, shape in base.weights.shapes.items()
         if len(shape) == 2 and name not in (EMBEDDING, OUTPUT)
     ]
-
-
-def dequant8(weight: Tensor) -> Tensor:
-    """``weight`` (out, in) after LLM.int8 row-wise quantization and back, float32.
-
-    The same kernel and the same rounding to float16 before it as in ``bitsandbytes.Linear8bitLt``.
-    """
-    import bitsandbytes as bnb
-
-    codes, row_maxima, _ = bnb.functional.int8_vectorwise_quant(weight.half().contiguous())
-    scaled: Tensor = codes.float() * (row_maxima.float() / 127.0).unsqueeze(1)
-    return scaled
 
 
 def _from_gguf(source: BaseModelSource) -> BaseWeights:

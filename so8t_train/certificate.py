@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from so8t_eval.atomic_write import atomic_write_text
 from so8t_train.calibration import Difference
+from so8t_train.config import MergeBase
 from so8t_train.weight_check import RotationCheck, WeightCheck
 
 CERTIFICATE: Final = "certificate.json"
@@ -156,7 +157,7 @@ class Certificate(_Entry):
     passed: bool | None
     """Whether every check passed; None where there was none."""
     run: RunEntry
-    merge_base: Literal["original", "dequant8"]
+    merge_base: MergeBase
     runtime: str
     calibration: CalibrationEntry | None
     layers: list[LayerEntry]

@@ -40,11 +40,13 @@ from so8t_train.certificate import (
     rotation_checks,
     weight_checks,
 )
+from so8t_train.config import MergeBase
 from so8t_train.gate_installation import attention_outputs
 from so8t_train.lazy_weights import LazyWeights
-from so8t_train.merged_model import MergeBase, OpenRun, base_weights, merged_weights
+from so8t_train.merged_model import OpenRun, base_weights, merged_weights
+from so8t_train.quantized_layers import use_training_kernels
 from so8t_train.run_dir import MANIFEST, load_run, package_versions
-from so8t_train.safety_model import SafetyModel, use_training_kernels
+from so8t_train.safety_model import SafetyModel
 from so8t_train.weight_check import check_rotations, check_weights, read_run_tensors
 
 _PROBE_ROWS: Final = 16
@@ -88,7 +90,7 @@ def weight_evidence(
     tensors = read_run_tensors(run.directory)
     modules = run.gated_modules
     rotations = check_rotations(tensors, modules)
-    base = base_weights(run.base, merge_base)
+    base = base_weights(run, merge_base)
     weights = check_weights(tensors, base, merged, modules, run.manifest.temperature)
     residuals = {weight.name: weight.residual for weight in weights}
     layers = [
@@ -118,9 +120,7 @@ def measure_variant(
 ) -> Variant:
     """Run live and merged model on the calibration cases; one is in memory at a time."""
     with torch.random.fork_rng():  # building the adapter draws from the global generator
-        live = load_run(
-            run.directory, load_in_8bit=merge_base == "dequant8", device_map="cpu"
-        ).model
+        live = load_run(run.directory, merge_base=merge_base, device_map="cpu").model
     use_training_kernels(live)
     layer_outputs = output_residuals(live, weights)
     said_live = live_outputs(live, calibration.prompts)
@@ -157,7 +157,7 @@ def output_residuals(model: SafetyModel, weights: Mapping[str, Tensor]) -> dict[
 
 def weight_distances(run: OpenRun, merge_base: MergeBase) -> dict[str, float]:
     """‖W − W_original‖ / ‖W_original‖ of every linear layer, by module name."""
-    chosen = base_weights(run.base, merge_base)
+    chosen = base_weights(run, merge_base)
     distances: dict[str, float] = {}
     for module in linear_names(run.base):
         original = run.base.weights[f"{module}.weight"]
@@ -166,10 +166,9 @@ def weight_distances(run: OpenRun, merge_base: MergeBase) -> dict[str, float]:
 
 
 def variants_to_measure(run: OpenRun, merge_base: MergeBase) -> list[MergeBase]:
-    """Both merge bases for a run trained in 8-bit; else the chosen one and the original."""
-    if run.manifest.config.load_in_8bit or merge_base == "dequant8":
-        return ["original", "dequant8"]
-    return ["original"]
+    """The original base, the one that was trained on, and the chosen one."""
+    kinds: list[MergeBase] = ["original", run.manifest.config.trained_base, merge_base]
+    return list(dict.fromkeys(kinds))
 
 
 def measure_variants(
@@ -201,7 +200,7 @@ def certify(
 ) -> Certificate:
     """Put the evidence gathered so far together and judge it; ``calibration`` is for ``full``."""
     ids = _ids(calibration) if calibration else []
-    as_trained: MergeBase = "dequant8" if run.manifest.config.load_in_8bit else "original"
+    as_trained = run.manifest.config.trained_base
     checks = list(weights.checks)
     for kind, variant in variants.items():
         checks += _variant_checks(kind, variant, tolerances)

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +17,15 @@ Share = Annotated[float, Field(ge=0, le=1)]
 MAX_SEED = 2**32 - 1
 SHIPPED_CORPUS = Path("shipped")
 """In ``replay_file``: the training file that comes with the package."""
+MergeBase: TypeAlias = Literal["original", "dequant8", "dequant4"]
+"""Base weights that an adapter is merged into: the float ones, or those that 8 or 4 bits leave."""
+
+
+class FourBit(NamedTuple):
+    """How 4-bit weights are made: the code, and whether the blocks' scales are quantized too."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
 
 
 class FitConfig(BaseModel):
@@ -49,6 +58,12 @@ class FitConfig(BaseModel):
     # -- base model --------------------------------------------------------------------------
     load_in_8bit: bool = True
     """Hold the frozen base in 8-bit (bitsandbytes LLM.int8)."""
+    load_in_4bit: bool = False
+    """Hold the frozen base in 4-bit (QLoRA); needs ``load_in_8bit: false`` beside it."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Code of the 4-bit weights."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the 4-bit blocks' scales too: 0.4 bit less per weight."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Activations' dtype. auto: bfloat16 where the processor has it, else float32. float16 is
     refused: its gradients underflow without loss scaling."""
@@ -134,8 +149,9 @@ class FitConfig(BaseModel):
     """Optimizer steps between dev evaluations."""
     eval_max_cases: Annotated[int, Field(ge=1)] = 120
     """Dev cases per evaluation during training (the last one uses all)."""
-    merge_base: Literal["original", "dequant8"] = "original"
-    """Weights the export merges into: the original float ones, or the dequantized 8-bit ones."""
+    merge_base: MergeBase = "original"
+    """Weights the export merges into: the original float ones, or the dequantized 8-bit or 4-bit
+    ones of training."""
 
     @field_validator("train_file", "dev_file", "replay_file", mode="before")
     @classmethod
@@ -159,10 +175,64 @@ class FitConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_precision(self) -> "FitConfig":
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError(
+                "load_in_4bit: expected load_in_8bit: false beside it, found true (its default); "
+                "the base is held in one precision: add load_in_8bit: false"
+            )
+        if problem := merge_base_problem(self, self.merge_base):
+            raise ValueError(f"merge_base: {problem}")
+        return self
+
+    @property
+    def four_bit(self) -> FourBit | None:
+        """How the base's 4-bit weights are made; None for another base."""
+        if not self.load_in_4bit:
+            return None
+        return FourBit(self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant)
+
+    @property
+    def quantizes_base(self) -> bool:
+        """Whether the base's linear layers are held in 8-bit or 4-bit."""
+        return self.load_in_8bit or self.load_in_4bit
+
+    @property
+    def precision(self) -> str:
+        """What the base's linear layers are held in, for people."""
+        if self.load_in_4bit:
+            return "4-bit"
+        return "8-bit" if self.load_in_8bit else "float"
+
+    @property
+    def trained_base(self) -> MergeBase:
+        """The merge base whose weights are those of training."""
+        if self.load_in_4bit:
+            return "dequant4"
+        return "dequant8" if self.load_in_8bit else "original"
+
     @property
     def cases_per_step(self) -> int:
         """Effective batch size: cases per optimizer step."""
         return self.micro_batch_size * self.gradient_accumulation_steps
+
+
+def merge_base_problem(config: FitConfig, merge_base: MergeBase) -> str | None:
+    """Why a run of ``config`` cannot be merged into this base; None if it can.
+
+    8-bit weights may serve a float run too, for which they cost little; those of another quantized
+    training may not: they are neither what the adapter learned on nor what the base is.
+    """
+    possible: tuple[MergeBase, ...] = ("original", "dequant8")
+    if config.quantizes_base:
+        possible = ("original", config.trained_base)
+    if merge_base in possible:
+        return None
+    return (
+        f"expected {' or '.join(possible)} for a run whose base is {config.precision}, found "
+        f"{merge_base}; choose one of them"
+    )
 
 
 def load_config(path: Path | str) -> FitConfig:

@@ -1,4 +1,4 @@
-"""Training on a CPU: an adapted 8-bit layer as one function with a backward pass of its own.
+"""Training on a CPU: an adapted 8-bit or 4-bit layer as one function with a backward pass of its own.
 
 On a CPU bitsandbytes multiplies by dequantized weights and makes them anew in every pass, and PEFT
 computes LoRA in float32 over copies of the activations. Here the same product is computed from
@@ -6,6 +6,7 @@ weights dequantized once (or, where memory is short, in every pass: the same num
 the activations' dtype and its update added in place. Modules and parameters stay PEFT's.
 """
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, Final, NamedTuple
 
@@ -15,34 +16,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from so8t_train.data_parallel import local_processes
-from so8t_train.safety_model import linear_8bit_layers
+from so8t_train.quantized_layers import (
+    dequantized_4bit,
+    dequantized_8bit,
+    quantized_layers,
+    row_maxima,
+    weight_count,
+)
 
 MOST_MEMORY_SHARE: Final = 0.5
 """Share of free memory that dequantized weights may take."""
 
 
 class _Frozen(NamedTuple):
-    """What a layer does not learn: weight codes (out, in), row scales (out, 1), bias, LoRA scale.
+    """What a layer does not learn: its weight (out, in), bias, LoRA scale.
 
-    ``held`` is the dequantized weight, None where it is made in every pass.
+    ``make`` dequantizes the weight, rounded to a dtype as in bitsandbytes; ``held`` is what it made
+    once, None where it is made in every pass.
     """
 
-    codes: Tensor
-    row_scale: Tensor
+    make: Callable[[torch.dtype], Tensor]
     held: Tensor | None
     bias: Tensor | None
     lora_scale: float
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized weight (out, in), rounded to ``dtype`` as in bitsandbytes."""
+        """The dequantized weight (out, in)."""
         if self.held is not None:
             return self.held if self.held.dtype == dtype else self.held.to(dtype)
-        return dequantized(self.codes, self.row_scale, dtype)
-
-
-def dequantized(codes: Tensor, row_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weight (out, in) of int8 ``codes`` and float32 ``row_scale`` (out, 1)."""
-    return codes.to(dtype).mul_(row_scale)
+        return self.make(dtype)
 
 
 class _FrozenLinearWithLora(torch.autograd.Function):
@@ -71,14 +73,14 @@ class _FrozenLinearWithLora(torch.autograd.Function):
 
 
 def fuse_cpu_lora(model: nn.Module, dtype: torch.dtype) -> bool:
-    """Compute the adapted 8-bit layers of ``model`` by the function above, from now on.
+    """Compute the adapted quantized layers of ``model`` by the function above, from now on.
 
     Layers that PEFT computes in another way (dropout, DoRA, several adapters) are left alone.
     Returns:
         Whether the dequantized weights are held; else they are made in every pass.
     """
     layers = [m for m in model.modules() if _fusible(m)]
-    numbers = sum(p.numel() for m in layers for p in linear_weights(m))
+    numbers = sum(weight_count(base) for m in layers for base in quantized_layers(m))
     fits = fits_in_memory(numbers * dtype.itemsize)
     for layer in layers:
         _fuse(layer, dtype if fits else None)
@@ -92,27 +94,20 @@ def fits_in_memory(n_bytes: int) -> bool:
     )
 
 
-def linear_weights(module: nn.Module) -> list[Tensor]:
-    """Weights of the 8-bit layers in ``module``."""
-    return [layer.weight for layer in linear_8bit_layers(module)]  # type: ignore[misc]
-
-
 def _fusible(module: nn.Module) -> bool:
     from peft.tuners.lora import LoraLayer
 
     if not isinstance(module, LoraLayer) or list(module.lora_A) != ["default"]:
         return False
     plain = isinstance(module.lora_dropout["default"], nn.Identity) and not module.lora_variant
-    return plain and next(iter(linear_8bit_layers(module)), None) is not None
+    return plain and next(iter(quantized_layers(module)), None) is not None
 
 
 def _fuse(layer: Any, held_dtype: torch.dtype | None) -> None:
     base = layer.get_base_layer()
-    codes = base.weight.data
-    scale = base.weight.SCB if base.state.SCB is None else base.state.SCB
-    row_scale = scale.detach().float().unsqueeze(1).mul(1.0 / 127.0)
-    held = None if held_dtype is None else dequantized(codes, row_scale, held_dtype)
-    frozen = _Frozen(codes, row_scale, held, base.bias, float(layer.scaling["default"]))
+    make = _maker(base)
+    held = None if held_dtype is None else make(held_dtype)
+    frozen = _Frozen(make, held, base.bias, float(layer.scaling["default"]))
 
     def forward(self: Any, x: Tensor, *_args: object, **_options: object) -> Tensor:
         rows = x.flatten(0, -2)
@@ -121,3 +116,12 @@ def _fuse(layer: Any, held_dtype: torch.dtype | None) -> None:
         return out.view(*x.shape[:-1], -1)
 
     layer.forward = MethodType(forward, layer)
+
+
+def _maker(base: Any) -> Callable[[torch.dtype], Tensor]:
+    codes = base.weight.data
+    quant_state = getattr(base.weight, "quant_state", None)
+    if quant_state is not None:
+        return lambda dtype: dequantized_4bit(codes, quant_state).to(dtype)
+    row_scale = row_maxima(base).unsqueeze(1).mul(1.0 / 127.0)
+    return lambda dtype: dequantized_8bit(codes, row_scale, dtype)

@@ -244,8 +244,8 @@ def _check_launch(config: FitConfig) -> None:
         if os.environ.get(variable, "false").lower() not in {"true", "1"}:
             continue
         why = (
-            "the int8 weights and row scales of an 8-bit base cannot be split"
-            if config.load_in_8bit
+            "the integer codes and the scales of a quantized base cannot be split"
+            if config.quantizes_base
             else "training adds gradients of whole copies of the model"
         )
         raise ConfigError(

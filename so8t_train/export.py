@@ -38,6 +38,7 @@ from so8t_train.certification import (
     measure_variants,
     weight_evidence,
 )
+from so8t_train.config import MergeBase, merge_base_problem
 from so8t_train.export_staging import check_target, staged, temporary_sibling
 from so8t_train.float_files import (
     FLOAT_KINDS,
@@ -56,7 +57,7 @@ from so8t_train.gguf_export import (
 from so8t_train.gguf_split import parse_size, split_gguf
 from so8t_train.hf_export import WEIGHTS, write_hf_directory
 from so8t_train.lazy_weights import LazyWeights
-from so8t_train.merged_model import MergeBase, OpenRun, merged_weights, open_run
+from so8t_train.merged_model import OpenRun, merged_weights, open_run
 from so8t_train.quantization import (
     FLOAT_FORMATS,
     QuantFormat,
@@ -208,6 +209,9 @@ def _prepare(
         torch.set_num_threads(threads)
     report(f"verifying {run_directory} and reading its base model")
     run = open_run(run_directory)
+    merge_base = options.merge_base or run.manifest.config.merge_base
+    if problem := merge_base_problem(run.manifest.config, merge_base):
+        raise UsageError(f"--merge-base: {problem}")
     if options.format == "gguf":
         check_gguf_base(run.base, run.tokenizer)
     calibration = None
@@ -215,7 +219,6 @@ def _prepare(
         calibration = load_calibration(
             options.calibration or DEFAULT_FILE, options.calibration_cases, run.tokenizer
         )
-    merge_base = options.merge_base or run.manifest.config.merge_base
     tolerances = Tolerances()
     merged = merged_weights(run, merge_base)
     evidence = WeightEvidence([], [])

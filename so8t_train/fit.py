@@ -33,9 +33,10 @@ from so8t_train.dev_evaluation import (
 )
 from so8t_train.emergency import saved_on_failure
 from so8t_train.operating_points import OperatingPoint, operating_points
+from so8t_train.quantized_layers import use_training_kernels
 from so8t_train.replay import REPLAYED, load_fit_cases
 from so8t_train.run_dir import MANIFEST, read_manifest, save_run
-from so8t_train.safety_model import SafetyModel, build_safety_model, use_training_kernels
+from so8t_train.safety_model import SafetyModel, build_safety_model
 from so8t_train.step_report import StepReport, TrainingHooks
 from so8t_train.stop_signals import stop_signals
 from so8t_train.trainer import CHECKPOINTS, Trainer
@@ -223,8 +224,9 @@ def _load(config: FitConfig, reporter: FitReporter, parallel: DataParallel) -> _
         )
     dev_cases = load_training_cases(config.dev_file) if config.dev_file else []
     dtype = compute_dtype(config)
-    precision = "8-bit" if config.load_in_8bit else "float"
-    reporter.news(f"loading {source.name} ({precision} base, {str(dtype).removeprefix('torch.')})")
+    reporter.news(
+        f"loading {source.name} ({config.precision} base, {str(dtype).removeprefix('torch.')})"
+    )
     model, tokenizer = build_safety_model(source, parallel.placed(config), dtype)
     if is_emulated(dtype, model.device):
         reporter.news(f"warning: {EMULATED}")

@@ -204,8 +204,13 @@ class _Planner:
 def _changes(
     config: FitConfig, examples: Sequence[TrainingExample]
 ) -> Iterator[tuple[dict[str, object], str]]:
-    if not config.load_in_8bit:
+    if not config.quantizes_base:
         yield {"load_in_8bit": True}, "frozen base in 8-bit"
+    if not config.load_in_4bit:
+        yield (
+            {"load_in_8bit": False, "load_in_4bit": True},
+            "frozen base in 4-bit, further from the float weights",
+        )
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, "same weights, more time"
     if config.micro_batch_size > 1:

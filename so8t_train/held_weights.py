@@ -1,4 +1,4 @@
-"""Float layers in place of 8-bit ones, for a model that is judged with and no longer trained."""
+"""Float layers in place of quantized ones, for a model that is judged with and no longer trained."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from so8t_train.base_model import dequantized_weight
+from so8t_train.quantized_layers import dequantized_weight, quantized_layers
 
 
 class HeldLora(nn.Module):
@@ -31,18 +31,18 @@ class HeldLora(nn.Module):
 
 
 def hold_dequantized_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace 8-bit layers by float ones with the very weights their training kernel makes.
+    """Replace 8-bit and 4-bit layers by float ones with the very weights their training kernel makes.
 
     That kernel dequantizes in every pass; once is enough where memory for it is at hand.
     """
-    import bitsandbytes as bnb
     from peft.tuners.lora import LoraLayer
 
+    held = set(quantized_layers(model))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             lora: Any = child if isinstance(child, LoraLayer) else None
             base = child if lora is None else lora.get_base_layer()
-            if isinstance(base, bnb.nn.Linear8bitLt):
+            if base in held:
                 setattr(parent, name, _held(base, lora, dtype))
 
 

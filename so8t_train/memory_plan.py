@@ -80,7 +80,7 @@ class Setting(NamedTuple):
     @property
     def fused(self) -> bool:
         """Adapted layers are computed by ``cpu_lora``, not by PEFT."""
-        plain = self.config.load_in_8bit and not self.config.lora_dropout
+        plain = self.config.quantizes_base and not self.config.lora_dropout
         return plain and self.device == "cpu"
 
 
@@ -101,9 +101,17 @@ def trained_parameters(shape: ModelShape, config: FitConfig) -> int:
 
 
 def base_bytes(setting: Setting) -> int:
-    """The frozen base: int8 codes and float32 row scales of linear layers, all else as activations."""
+    """The frozen base: codes and scales of linear layers, all else as activations.
+
+    LLM.int8: a byte for each weight and a float32 for each row. 4-bit: see ``four_bit_bytes``.
+    """
     shape, item = setting.shape, setting.item_bytes
     rest = shape.embedding_parameters * item
+    four_bit = setting.config.four_bit
+    if four_bit is not None:
+        return rest + sum(
+            four_bit_bytes(x.parameters, double_quant=four_bit.double_quant) for x in shape.linears
+        )
     if not setting.config.load_in_8bit:
         return rest + shape.linear_parameters * item
     rows = sum(linear.n_out for linear in shape.linears)
@@ -111,10 +119,23 @@ def base_bytes(setting: Setting) -> int:
     return rest + shape.linear_parameters + rows * _FLOAT * scales
 
 
+def four_bit_bytes(weights: int, *, double_quant: bool) -> int:
+    """A 4-bit weight matrix: two codes to a byte, and a scale for each block of 64.
+
+    A scale is a float32, or with double quantization a byte and a float32 for each 256 of them;
+    then there is their mean, and the table of 256 values that the bytes stand for.
+    """
+    blocks = -(-weights // 64)
+    codes = -(-weights // 2) + 16 * _FLOAT
+    if not double_quant:
+        return codes + blocks * _FLOAT
+    return codes + blocks + (-(-blocks // 256) + 1 + 256) * _FLOAT
+
+
 def held_bytes(setting: Setting) -> int:
     """Dequantized weights: all of them, or the largest where they are made in every pass."""
     shape = setting.shape
-    if not setting.config.load_in_8bit or setting.device != "cpu":
+    if not setting.config.quantizes_base or setting.device != "cpu":
         return 0
     kept = setting.fused and setting.holds_weights
     numbers = shape.linear_parameters if kept else max(x.parameters for x in shape.linears)
@@ -266,15 +287,15 @@ def _left(setting: Setting) -> int:
     """Bytes of linear weights as they were loaded, freed in the heap and used by nothing since.
 
     A GGUF's float32 weights leave holes that the smaller held ones go into. safetensors are cast
-    before they become 8-bit: holes of the very size of the held weights, which cannot serve them.
+    before they are quantized: holes of the very size of the held weights, which cannot serve them.
     """
     shape, held = setting.shape, held_bytes(setting)
     if setting.device != "cpu":
         return 0
     if shape.is_gguf:
-        casts = setting.config.load_in_8bit or setting.item_bytes != _FLOAT
+        casts = setting.config.quantizes_base or setting.item_bytes != _FLOAT
         return max(0, _in_heap(shape, _FLOAT) - held) if casts else 0
-    return _in_heap(shape, setting.item_bytes) if setting.config.load_in_8bit else 0
+    return _in_heap(shape, setting.item_bytes) if setting.config.quantizes_base else 0
 
 
 def _in_heap(shape: ModelShape, item_bytes: int) -> int:

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +17,16 @@ from so8t_train.base_weights import (
     EMBEDDING,
     OUTPUT,
     BaseWeights,
-    dequant8,
     linear_names,
     read_base_weights,
 )
+from so8t_train.config import FourBit, MergeBase
 from so8t_train.families import FAMILIES
 from so8t_train.fold import LoraPair, calibrated_rows, composed_rotations, folded_rows
 from so8t_train.gate_installation import ATTENTION_NAMES, LAYER_LIST_NAMES, PROJECTION_NAMES
 from so8t_train.gguf_tokenizer import tokenizer_from_gguf
 from so8t_train.lazy_weights import LazyWeights
+from so8t_train.quantized_layers import dequant4, dequant8
 from so8t_train.run_dir import (
     ADAPTER_CONFIG,
     ADAPTER_TENSORS,
@@ -37,7 +38,6 @@ from so8t_train.run_dir import (
 )
 from so8t_train.safety_model import GateTensors
 
-MergeBase: TypeAlias = Literal["original", "dequant8"]
 _LORA_KEY: Final = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _GATED: Final = re.compile(
     rf".*\b(?:{'|'.join(LAYER_LIST_NAMES)})\.(\d+)\."
@@ -121,7 +121,7 @@ def merged_weights(run: OpenRun, merge_base: MergeBase) -> LazyWeights:
     The vocabulary has three more rows than the base's. Tied models have no ``lm_head.weight``: the
     temperature is then in the embedding rows of the verdicts too (see ``calibrated_rows``).
     """
-    base, adapter = base_weights(run.base, merge_base), run.adapter
+    base, adapter = base_weights(run, merge_base), run.adapter
     rotations: dict[str, Tensor] = {}
     if adapter.gates is not None:
         composed = composed_rotations(adapter.gates.safe, adapter.gates.command)
@@ -147,17 +147,37 @@ def merged_weights(run: OpenRun, merge_base: MergeBase) -> LazyWeights:
     return LazyWeights(shapes, read)
 
 
-def base_weights(base: BaseWeights, merge_base: MergeBase) -> LazyWeights:
-    """The weights an adapter is merged into: the float ones, or the 8-bit ones of training."""
+def base_weights(run: OpenRun, merge_base: MergeBase) -> LazyWeights:
+    """The weights an adapter is merged into: the float ones, or the 8- or 4-bit ones of training."""
+    weights = run.base.weights
     if merge_base == "original":
-        return base.weights
-    held = {f"{module}.weight" for module in linear_names(base)}
+        return weights
+    held = {f"{module}.weight" for module in linear_names(run.base)}
+    four_bit = _Dequant4(weights, run.manifest.config.four_bit or FourBit())
 
     def read(name: str, start: int, stop: int) -> Tensor:
-        rows = base.weights.rows(name, start, stop)
-        return dequant8(rows) if name in held else rows
+        if name not in held:
+            return weights.rows(name, start, stop)
+        if merge_base == "dequant4":
+            return four_bit.rows(name, start, stop)
+        return dequant8(weights.rows(name, start, stop))
 
-    return LazyWeights(base.weights.shapes, read)
+    return LazyWeights(weights.shapes, read)
+
+
+class _Dequant4:
+    """Rows of 4-bit weights. They depend on the whole weight, so the last one is kept."""
+
+    def __init__(self, weights: LazyWeights, four_bit: FourBit) -> None:
+        self._weights, self._four_bit = weights, four_bit
+        self._name, self._weight = "", torch.empty(0)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop``, float32; the caller may write into them."""
+        if name != self._name:
+            self._weight = dequant4(self._weights[name], self._four_bit)
+            self._name = name
+        return self._weight[start:stop].clone()
 
 
 def gated_modules(base: BaseWeights) -> list[str]:

@@ -4,7 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import yaml
 
@@ -166,12 +166,21 @@ def _training_section(facts: RunFacts) -> str:
         ("Time", _duration(training.get("seconds"))),
         ("Device", f"{_text(training.get('device'))}, {_text(training.get('threads'))} threads"),
         ("Platform", _text(facts.manifest.get("platform"))),
+        *_four_bit(config),
         *((label, _setting(config.get(key))) for key, label in _SETTINGS),
         ("Final commutator, rms of ‖R_cmd R_safe − R_safe R_cmd‖_F", _last_commutator(facts)),
     ]
     if training.get("resumed") is True:
         rows.append(("Resumed", "yes; the time is that of all its sessions"))
     return "## Training\n\n" + _table(("", ""), rows)
+
+
+def _four_bit(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How a 4-bit base is held; nothing for another, whose configuration may not know the keys."""
+    if not config.get("load_in_4bit"):
+        return []
+    scales = "quantized" if config.get("bnb_4bit_use_double_quant") else "not quantized"
+    return [("4-bit base (QLoRA)", f"{config.get('bnb_4bit_quant_type')}, scales {scales}")]
 
 
 def _memory_section(facts: RunFacts) -> str:

@@ -60,7 +60,7 @@ class ModelShape(NamedTuple):
 
     @property
     def linear_parameters(self) -> int:
-        """Numbers in the decoder's linear layers: what 8-bit shrinks."""
+        """Numbers in the decoder's linear layers: what 8-bit and 4-bit shrink."""
         return sum(linear.parameters for linear in self.linears)
 
     @property

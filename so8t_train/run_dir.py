@@ -18,7 +18,7 @@ from so8t_eval.errors import DiskError, ModelFileError
 from so8t_eval.file_hash import file_sha256
 from so8t_train.base_model import BaseModelSource, resolve_base
 from so8t_train.base_name import portable_name
-from so8t_train.config import FitConfig
+from so8t_train.config import FitConfig, MergeBase
 from so8t_train.operating_points import OperatingPoint
 from so8t_train.safety_model import GateTensors, SafetyModel, build_safety_model
 
@@ -150,10 +150,10 @@ def load_run(
     directory: Path,
     *,
     dtype: torch.dtype = torch.float32,
-    load_in_8bit: bool | None = None,
+    merge_base: MergeBase | None = None,
     device_map: Literal["auto", "cpu", "cuda"] | None = None,
 ) -> LoadedRun:
-    """Load the live model; base and place are as in training, unless the caller says so.
+    """Load the live model; base weights and place are as in training, unless the caller says so.
 
     Raises:
         ModelFileError: an incomplete or altered run, another base, or another protocol.
@@ -167,8 +167,11 @@ def load_run(
             "base files"
         )
     updates: dict[str, Any] = {"lora_dropout": 0.0}
-    if load_in_8bit is not None:
-        updates["load_in_8bit"] = load_in_8bit
+    if merge_base is not None:
+        updates |= {
+            "load_in_8bit": merge_base == "dequant8",
+            "load_in_4bit": merge_base == "dequant4",
+        }
     if device_map is not None:
         updates["device_map"] = device_map
     config = manifest.config.model_copy(update=updates)

@@ -1,4 +1,4 @@
-"""Judge with a run directory as trained: 8-bit base, live LoRA, live rotation gates."""
+"""Judge with a run directory as trained: 8-bit, 4-bit or float base, live LoRA, live rotation gates."""
 
 from pathlib import Path
 
@@ -8,10 +8,12 @@ from so8t_eval.backends.torch_backend import TorchBackend
 from so8t_eval.backends.torch_scoring import DecoderParts
 from so8t_eval.file_hash import file_sha256
 from so8t_eval.protocol import DEFAULT_MAX_PROMPT_TOKENS
+from so8t_train.config import FitConfig
 from so8t_train.cpu_lora import fits_in_memory
 from so8t_train.held_weights import hold_dequantized_weights
+from so8t_train.quantized_layers import quantized_layers, use_training_kernels, weight_count
 from so8t_train.run_dir import MANIFEST, load_run
-from so8t_train.safety_model import SafetyModel, linear_8bit_layers, use_training_kernels
+from so8t_train.safety_model import SafetyModel
 
 
 def open_run_dir(
@@ -24,7 +26,7 @@ def open_run_dir(
 ) -> TorchBackend:
     """Load the live model of a run, nothing merged; ``dtype`` (default float32) computes.
 
-    On a CPU 8-bit layers multiply by their dequantized weights, as they did in training; these are
+    On a CPU quantized layers multiply by their dequantized weights, as they did in training; these are
     kept where memory allows, else made anew in every pass: the same numbers, slower.
 
     Raises:
@@ -56,7 +58,7 @@ def open_run_dir(
         },
         settings={
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": _settle_weights(model),
+            "weights": _settle_weights(model, run.manifest.config),
             "rotation_gates": model.bank is not None,
         },
         threads=threads,
@@ -65,15 +67,16 @@ def open_run_dir(
     )
 
 
-def _settle_weights(model: SafetyModel) -> str:
+def _settle_weights(model: SafetyModel, config: FitConfig) -> str:
     """Keep dequantized weights if they fit in memory; say what the base's weights are."""
-    layers = list(linear_8bit_layers(model))
+    layers = list(quantized_layers(model))
     if not layers:
         return "float base"
+    base = f"{config.precision} base"
     if model.device.type != "cpu":
-        return "8-bit base, LLM.int8 kernels"
-    numbers = sum(p.numel() for layer in layers for p in layer.parameters(recurse=False))
+        return f"{base}, bitsandbytes kernels"
+    numbers = sum(map(weight_count, layers))
     if not fits_in_memory(model.dtype.itemsize * numbers):
-        return "8-bit base, dequantized in every pass"
+        return f"{base}, dequantized in every pass"
     hold_dequantized_weights(model, model.dtype)
-    return "8-bit base, dequantized once"
+    return f"{base}, dequantized once"

@@ -1,6 +1,5 @@
 """The trainable model: a frozen base with LoRA, rotation gates and the three verdict rows."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -159,6 +158,7 @@ def build_safety_model(
         source,
         load_in_8bit=config.load_in_8bit,
         dtype=dtype,
+        four_bit=config.four_bit,
         device_map=config.device_map,
         offload_folder=config.offload_folder,
         trust_remote_code=config.trust_remote_code,
@@ -219,21 +219,6 @@ def _opening_rows(table: Tensor, tokenizer: HfTokenizer) -> Tensor:
         ids = tokenizer.tokenize(_OPENINGS[verdict], False)
         rows.append(table[ids].detach().float().mean(dim=0))
     return torch.stack(rows).cpu()
-
-
-def linear_8bit_layers(model: nn.Module) -> Iterable[nn.Module]:
-    """Every bitsandbytes 8-bit layer below ``model``."""
-    return (m for m in model.modules() if type(m).__name__ == "Linear8bitLt")
-
-
-def use_training_kernels(model: nn.Module) -> None:
-    """Make 8-bit layers multiply by their dequantized weights, as they do in training on CPU.
-
-    bitsandbytes picks its CPU kernel by ``layer.training``: the inference kernel also quantizes
-    activations, which moves logits by several per cent on the same weights.
-    """
-    for layer in linear_8bit_layers(model):
-        layer.training = True
 
 
 def _is_tied(causal_lm: Any) -> bool:

@@ -30,9 +30,10 @@ from so8t_train.memory_log import MemoryLog
 from so8t_train.packing import JOINED_TOKENS, PackedSequence, joined_micro_batches, pack
 from so8t_train.pass_sizes import learns_reply
 from so8t_train.pet import inertia_penalty, pet_weight
+from so8t_train.quantized_layers import use_training_kernels
 from so8t_train.random_state import RandomState, random_state, restore_random_state
 from so8t_train.rotation_gate import LossKind, RotationPair
-from so8t_train.safety_model import SafetyModel, use_training_kernels
+from so8t_train.safety_model import SafetyModel
 from so8t_train.so8_rotation import commutator_norm, rotation_from_generators
 from so8t_train.step_report import StepReport, TrainingHooks
 from so8t_train.training_data import TrainingExample, step_order

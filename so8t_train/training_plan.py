@@ -44,6 +44,8 @@ def shaping_settings(config: FitConfig) -> dict[str, Any]:
         "max_loss_ratio",
     }
     free |= {"save_total_limit", "offload_folder", "adapter_dtype", "merge_base"}
+    if not config.load_in_4bit:  # they shape nothing, and older checkpoints do not know them
+        free |= {"load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
     return config.model_dump(mode="json", exclude=free)
 
 

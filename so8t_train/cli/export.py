@@ -30,8 +30,8 @@ import click
 )
 @click.option(
     "--merge-base",
-    type=click.Choice(["original", "dequant8"]),
-    help="Weights to merge into: the float ones, or the 8-bit ones of training.  "
+    type=click.Choice(["original", "dequant8", "dequant4"]),
+    help="Weights to merge into: the float ones, or the 8- or 4-bit ones of training.  "
     "[default: merge_base of the run]",
 )
 @click.option(
@@ -66,7 +66,7 @@ def export(
     output_dir: Path,
     quant: str | None,
     kind: Literal["gguf", "hf"],
-    merge_base: Literal["original", "dequant8"] | None,
+    merge_base: Literal["original", "dequant8", "dequant4"] | None,
     calibration: Path | None,
     calibration_cases: int,
     certificate: Literal["full", "weights", "none"],

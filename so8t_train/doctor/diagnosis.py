@@ -20,6 +20,7 @@ _EXPORT: Final = (
     "llama.cpp decodes",
 )
 _EIGHT_BIT: Final = ("8-bit layers on cpu", "8-bit layers on cuda")
+_FOUR_BIT: Final = ("4-bit layers on cpu", "4-bit layers on cuda")
 
 
 class Verdict(NamedTuple):
@@ -72,6 +73,8 @@ def _can_train(findings: Mapping[str, Finding]) -> Verdict:
     notes = []
     if not any(_works(findings, name) for name in _EIGHT_BIT):
         notes.append("8-bit layers fail here: set load_in_8bit: false (more memory)")
+    if not any(_works(findings, name) for name in _FOUR_BIT):
+        notes.append("4-bit layers fail here: load_in_4bit cannot be set")
     base = findings.get("Embedded base")
     if base is not None and base.status != "ok":
         notes.append(f"for the reference configuration: {base.remedy}")

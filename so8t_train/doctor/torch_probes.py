@@ -88,7 +88,7 @@ def _quantized(bits: Bits, device: str) -> Answer:
         return Answer(
             "failed",
             f"output or gradient is off by {error:.0%} (expected under {_LARGEST_ERROR[bits]:.0%})",
-            "install another bitsandbytes version, or set load_in_8bit: false",
+            f"install another bitsandbytes version, or set load_in_{bits}bit: false",
         )
     return Answer("ok", f"forward and backward run, {error:.1%} from float")
 
@@ -127,15 +127,16 @@ def _training_libraries() -> Answer:
     )
 
 
-_BITSANDBYTES: Final = 'pip install "bitsandbytes>=0.50", or set load_in_8bit: false'
+_EIGHT_BIT: Final = 'pip install "bitsandbytes>=0.50", or set load_in_8bit: false'
+_FOUR_BIT: Final = 'pip install "bitsandbytes>=0.50", or leave load_in_4bit out'
 PROBES: Final = (
     Probe("PyTorch", _torch, "reinstall torch for this platform"),
     Probe("CUDA device", _cuda, "reinstall torch for this platform and driver"),
     Probe("bfloat16 on cpu", partial(_bfloat16, "cpu"), "set compute_dtype: float32"),
     Probe("bfloat16 on cuda", partial(_bfloat16, "cuda"), "set compute_dtype: float16"),
-    Probe("8-bit layers on cpu", partial(_quantized, 8, "cpu"), _BITSANDBYTES),
-    Probe("4-bit layers on cpu", partial(_quantized, 4, "cpu"), _BITSANDBYTES),
-    Probe("8-bit layers on cuda", partial(_quantized, 8, "cuda"), _BITSANDBYTES),
-    Probe("4-bit layers on cuda", partial(_quantized, 4, "cuda"), _BITSANDBYTES),
+    Probe("8-bit layers on cpu", partial(_quantized, 8, "cpu"), _EIGHT_BIT),
+    Probe("4-bit layers on cpu", partial(_quantized, 4, "cpu"), _FOUR_BIT),
+    Probe("8-bit layers on cuda", partial(_quantized, 8, "cuda"), _EIGHT_BIT),
+    Probe("4-bit layers on cuda", partial(_quantized, 4, "cuda"), _FOUR_BIT),
     Probe("Training libraries", _training_libraries, "pip install so8t"),
 )

@@ -17,15 +17,17 @@ from so8t_eval.errors import ConfigError, ModelFileError
 from so8t_train.base_model import (
     EMBEDDED,
     BaseModelSource,
-    dequantized_weight,
     load_base,
     load_tokenizer,
     open_gguf,
-    quantize_linear_layers,
     resolve_base,
 )
 from so8t_train.fit import fit
-from so8t_train.safety_model import linear_8bit_layers
+from so8t_train.quantized_layers import (
+    dequantized_weight,
+    quantize_linear_layers,
+    quantized_layers,
+)
 
 # PEFT 0.21 uses the names that transformers 5.0 has and 5.23 renames with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
@@ -190,7 +192,7 @@ def test_output_matrix_and_embeddings_stay_float(untied_qwen: Path) -> None:
 
 def test_8bit_training_kernel_multiplies_by_the_dequantized_weights(tiny_llama: Path) -> None:
     model = load_base(resolve_base(str(tiny_llama)), load_in_8bit=True, dtype=torch.float32)
-    layer = next(iter(linear_8bit_layers(model))).train()
+    layer = next(iter(quantized_layers(model))).train()
     x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(layer(x), x @ dequantized_weight(layer).T, rtol=1e-5, atol=1e-5)
 
@@ -199,7 +201,7 @@ def test_8bit_training_kernel_multiplies_by_the_dequantized_weights(tiny_llama: 
 def test_gguf_base_loads(tiny_gguf: Path, load_in_8bit: bool) -> None:
     source = resolve_base(str(tiny_gguf))
     model = load_base(source, load_in_8bit=load_in_8bit, dtype=torch.float32)
-    assert len(list(linear_8bit_layers(model))) == (14 if load_in_8bit else 0)
+    assert len(list(quantized_layers(model))) == (14 if load_in_8bit else 0)
     assert bool(model.train()(IDS.clamp(max=250)).logits.isfinite().all())
 
 

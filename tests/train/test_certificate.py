@@ -112,7 +112,7 @@ def test_live_layers_alone_reveal_a_wrong_fold(
     request: pytest.FixtureRequest,
 ) -> None:
     directory: Path = request.getfixturevalue(which)
-    live = load_run(directory, load_in_8bit=False).model
+    live = load_run(directory, merge_base="original").model
     right = output_residuals(live, merged_weights(open_run(directory), "original"))
     assert max(right.values()) < 1e-6
     monkeypatch.setattr(merged_model, "composed_rotations", fault)

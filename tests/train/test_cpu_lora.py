@@ -11,17 +11,22 @@ from so8t_train import cpu_lora
 from so8t_train.base_model import resolve_base
 from so8t_train.cpu_lora import fuse_cpu_lora
 from so8t_train.packing import PackedSequence, pack
-from so8t_train.safety_model import SafetyModel, build_safety_model, use_training_kernels
+from so8t_train.quantized_layers import use_training_kernels
+from so8t_train.safety_model import SafetyModel, build_safety_model
 
 CPU = torch.device("cpu")
 
 
-def eight_bit_model(
-    tmp_path: Path, base: Path, dtype: torch.dtype, dropout: float = 0.0
+def quantized_model(
+    tmp_path: Path, base: Path, dtype: torch.dtype, bits: int = 8, dropout: float = 0.0
 ) -> SafetyModel:
-    """A safety model on an 8-bit base whose LoRA does something."""
+    """A safety model on an 8-bit or 4-bit base whose LoRA does something."""
     config = fit_config(tmp_path, base).model_copy(
-        update={"load_in_8bit": True, "lora_dropout": dropout}
+        update={
+            "load_in_8bit": bits == 8,
+            "load_in_4bit": bits == 4,
+            "lora_dropout": dropout,
+        }
     )
     model, _ = build_safety_model(resolve_base(str(base)), config, dtype)
     generator = torch.Generator().manual_seed(5)
@@ -43,13 +48,14 @@ def result(model: SafetyModel) -> tuple[Tensor, dict[str, Tensor]]:
     return states.detach(), {n: g.clone() for n, g in lora.items()}
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)], ids=str
 )
 def test_numbers_and_gradients_are_those_of_peft(
-    tmp_path: Path, tiny_llama: Path, dtype: torch.dtype, tolerance: float
+    tmp_path: Path, tiny_llama: Path, dtype: torch.dtype, tolerance: float, bits: int
 ) -> None:
-    model = eight_bit_model(tmp_path, tiny_llama, dtype)
+    model = quantized_model(tmp_path, tiny_llama, dtype, bits)
     use_training_kernels(model)
     states, gradients = result(model)
     assert fuse_cpu_lora(model, dtype)
@@ -63,14 +69,15 @@ def test_numbers_and_gradients_are_those_of_peft(
         assert _relative(fused_gradients[name], gradient) < tolerance, name
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 def test_short_memory_changes_no_number(
-    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, bits: int
 ) -> None:
-    model = eight_bit_model(tmp_path, tiny_llama, torch.bfloat16)
+    model = quantized_model(tmp_path, tiny_llama, torch.bfloat16, bits)
     fuse_cpu_lora(model, torch.bfloat16)
     states, gradients = result(model)
     monkeypatch.setattr(cpu_lora, "MOST_MEMORY_SHARE", 0.0)
-    again = eight_bit_model(tmp_path, tiny_llama, torch.bfloat16)
+    again = quantized_model(tmp_path, tiny_llama, torch.bfloat16, bits)
     assert not fuse_cpu_lora(again, torch.bfloat16)
     other_states, other_gradients = result(again)
     assert torch.equal(other_states, states)
@@ -78,7 +85,7 @@ def test_short_memory_changes_no_number(
 
 
 def test_layers_with_dropout_stay_with_peft(tmp_path: Path, tiny_llama: Path) -> None:
-    model = eight_bit_model(tmp_path, tiny_llama, torch.float32, dropout=0.1)
+    model = quantized_model(tmp_path, tiny_llama, torch.float32, dropout=0.1)
     fuse_cpu_lora(model, torch.float32)
     assert not [m for m in model.modules() if "forward" in vars(m) and hasattr(m, "lora_A")]
 
@@ -86,7 +93,7 @@ def test_layers_with_dropout_stay_with_peft(tmp_path: Path, tiny_llama: Path) ->
 def test_parameters_keep_their_names_and_the_base_learns_nothing(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
-    model = eight_bit_model(tmp_path, tiny_llama, torch.float32)
+    model = quantized_model(tmp_path, tiny_llama, torch.float32)
     before = [name for name, _ in model.named_parameters()]
     fuse_cpu_lora(model, torch.float32)
     assert [name for name, _ in model.named_parameters()] == before

@@ -234,9 +234,13 @@ def test_processes_of_a_step_draw_differently_and_again_the_same() -> None:
 @pytest.mark.parametrize(
     ("variable", "eight_bit", "says"),
     [
-        ("ACCELERATE_USE_FSDP", True, r"FSDP .*: the int8 weights and row scales of an 8-bit base"),
+        (
+            "ACCELERATE_USE_FSDP",
+            True,
+            r"FSDP .*: the integer codes and the scales of a quantized base",
+        ),
         ("ACCELERATE_USE_FSDP", False, r"FSDP .*: training adds gradients of whole copies"),
-        ("ACCELERATE_USE_DEEPSPEED", True, r"DeepSpeed .*: the int8 weights"),
+        ("ACCELERATE_USE_DEEPSPEED", True, r"DeepSpeed .*: the integer codes"),
     ],
 )
 def test_launch_that_shards_the_model_is_refused(

@@ -21,6 +21,7 @@ from so8t_train.memory_plan import (
 from so8t_train.model_shape import locate_base, read_shape
 from so8t_train.packing import Pack, pack
 from so8t_train.pass_sizes import fit_passes
+from so8t_train.quantized_layers import quantized_layers
 from so8t_train.safety_model import SafetyModel
 from so8t_train.trainer import Trainer, _passes
 from so8t_train.training_data import load_training_cases, tokenize_cases, weighted
@@ -70,6 +71,12 @@ def kept_bytes(compute: Callable[[], object], model: nn.Module) -> int:
     [
         ("llama", torch.bfloat16, {"load_in_8bit": True}),
         ("llama", torch.float32, {"load_in_8bit": True}),
+        ("llama", torch.float32, {"load_in_8bit": False, "load_in_4bit": True}),
+        (
+            "llama",
+            torch.float32,
+            {"load_in_8bit": False, "load_in_4bit": True, "lora_dropout": 0.1},
+        ),
         ("llama", torch.float32, {}),
         ("llama", torch.bfloat16, {}),
         ("llama", torch.float32, {"lora_dropout": 0.1}),
@@ -127,6 +134,25 @@ def test_8bit_base_and_held_weights_are_counted(tiny_llama: Path, tmp_path: Path
     scales = sum(linear.n_out for linear in setting.shape.linears) * 4 * 2
     assert base_bytes(setting) == state + scales
     assert held_bytes(setting) == setting.shape.linear_parameters * 2
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_4bit_base_is_counted(tiny_llama: Path, tmp_path: Path, double_quant: bool) -> None:
+    changes = {
+        "load_in_8bit": False,
+        "load_in_4bit": True,
+        "bnb_4bit_use_double_quant": double_quant,
+    }
+    trainer = make_trainer(tmp_path, tiny_llama, torch.float32, **changes)
+    setting = setting_of(trainer)
+    tensors = [p for p in trainer.model.parameters() if not p.requires_grad and p.ndim > 1]
+    for layer in quantized_layers(trainer.model):
+        state = layer.weight.quant_state  # type: ignore[union-attr]
+        tensors += [state.absmax, state.code]
+        if double_quant:
+            tensors += [state.offset, state.state2.absmax, state.state2.code]
+    assert base_bytes(setting) == sum(t.numel() * t.itemsize for t in tensors)
+    assert held_bytes(setting) == setting.shape.linear_parameters * 4
 
 
 def test_passes_are_those_of_the_trainer(tiny_llama: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from so8t_eval.backends.base import Backend, Logits
 from so8t_eval.cases import Message
 from so8t_eval.errors import ModelFileError
 from so8t_train import cpu_lora
+from so8t_train.quantized_layers import use_training_kernels
 from so8t_train.run_dir import PARTS, load_run
 from so8t_train.run_dir_backend import open_run_dir
-from so8t_train.safety_model import use_training_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
@@ -65,8 +65,14 @@ def trained_logits(directory: Path, ids: list[list[int]]) -> list[Logits]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"load_in_8bit": False}, {"rotation_gates": False}, {"tied": False}],
-    ids=["8-bit", "float", "no-gates", "untied"],
+    [
+        {},
+        {"load_in_8bit": False},
+        {"load_in_8bit": False, "load_in_4bit": True},
+        {"rotation_gates": False},
+        {"tied": False},
+    ],
+    ids=["8-bit", "float", "4-bit", "no-gates", "untied"],
 )
 def test_batches_and_singles_equal_the_trained_model(
     tmp_path: Path, changes: dict[str, bool]
