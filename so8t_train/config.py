@@ -149,7 +149,7 @@ class FitConfig(BaseModel):
     """Optimizer steps between dev evaluations."""
     eval_max_cases: Annotated[int, Field(ge=1)] = 120
     """Dev cases per evaluation during training (the last one uses all)."""
-    merge_base: MergeBase = "original"
+    merge_base: Literal["original", "dequant8", "dequant4"] = "original"
     """Weights the export merges into: the original float ones, or the dequantized 8-bit or 4-bit
     ones of training."""
 

@@ -25,6 +25,8 @@ from so8t_train.training_plan import total_steps
 
 PREDICTION_ERROR: Final = 0.15
 """Relative error of a predicted peak that benchmarks/planner_check.py allows."""
+_WORTH_FOUR_BITS: Final = 0.05
+"""Share of the peak that a 4-bit base must save to be suggested: it costs accuracy."""
 _CGROUP: Final = Path("/sys/fs/cgroup")
 Fit = Literal["fits", "close", "does not fit"]
 
@@ -193,7 +195,8 @@ class _Planner:
         together: dict[str, object] = {}
         for changes, note in _changes(self.config, self.data.examples):
             memory, work = self.outlook(self.config.model_copy(update=changes))
-            if memory.peak < now.peak:
+            most = now.peak * (1 - _WORTH_FOUR_BITS if "load_in_4bit" in changes else 1)
+            if memory.peak < most:
                 yield Suggestion(changes, memory.peak, work, note)
                 together |= changes
         if len(together) > 1:

@@ -35,8 +35,8 @@ def safety_loss(
     losses = smoothed_cross_entropy(logits, packed.targets, model.verdict_ids, label_smoothing)
     temporal = torch.zeros((), device=logits.device)
     if gated:
-        segments = packed.segments
-        temporal = torch.stack([temporal_penalty(y, segments) for y in gated]).mean()
+        terms = [temporal_penalty(y, packed.segments.to(y.device)) for y in gated]
+        temporal = torch.stack([term.to(logits.device) for term in terms]).mean()
     three = logits[:, list(model.verdict_ids)].detach()
     correct = three.argmax(dim=-1) == packed.targets - model.verdict_ids[0]
     return SafetyLoss((losses * packed.weights).sum(), temporal, int(correct.sum()))

@@ -102,11 +102,11 @@ class SafetyModel(nn.Module):
             packed_layout=packed.layout,
         )
         states: Tensor = output.last_hidden_state
-        return states
+        return states.to(packed.ids.device)  # the last layers may be on another device
 
     def vocabulary_logits(self, states: Tensor, *, rows_learn: bool = True) -> Tensor:
         """Float32 logits (n, vocabulary + 3): ordinary rows are the task head, the last three B."""
-        ordinary = self.base.get_output_embeddings()(states).float()
+        ordinary = self.base.get_output_embeddings()(states).float().to(states.device)
         rows = self.verdict_rows if rows_learn else self.verdict_rows.detach()
         own = states.float() @ rows.to(states.device).T
         return self._softcapped(torch.cat([ordinary, own], dim=-1))
