@@ -4,6 +4,7 @@ Run: python benchmarks/cuda_evidence_parts.py PART SETTING.json RESULT.json
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -162,7 +163,9 @@ def verdicts(setting: Setting) -> dict[str, Any]:
     import torch
 
     logs = setting.directory / "verdicts"
-    gguf = next((setting.directory / "gguf").glob("*-Q8_0.gguf"))
+    gguf = next((setting.directory / "gguf").glob("*-Q8_0.gguf"), None)
+    if gguf is None:
+        raise SystemExit("no exported file to judge with: the export failed")
     options = ["--limit", str(setting.cases), "--seed", str(setting.seed)]
     options += ["--latency-cases", str(min(LATENCY_CASES, setting.cases)), "--log-dir", str(logs)]
     if torch.cuda.is_available():
@@ -207,7 +210,9 @@ def _command(module: str, *arguments: str, codes: tuple[int, ...] = (0,)) -> str
         SystemExit: it failed; with what it said.
     """
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parent)
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode not in codes:
         raise SystemExit(f"{module} {arguments[0]}: exit code {done.returncode}\n{done.stderr}")
     return done.stdout
