@@ -73,7 +73,13 @@ def measure(wanted: Wanted) -> dict[str, Any]:
     request = wanted.setting.directory / "setting.json"
     atomic_write_text(request, json.dumps(wanted.setting._asdict(), default=str))
     command = [sys.executable, str(HERE / "cuda_evidence_parts.py"), wanted.part, str(request)]
-    done = subprocess.run([*command, str(wanted.file)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, str(wanted.file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=wanted.setting.bases.parent,  # a run names its base relative to it
+    )
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip())[-_TAIL:]
         return {"error": f"exit code {done.returncode}: {said}"}
@@ -132,7 +138,7 @@ def main(  # noqa: PLR0917 - one for each option
         click.echo("no CUDA device: the CPU path runs, and says nothing about CUDA", err=True)
     names = shape_names(shapes or default_shapes(cuda))
     options = {"steps": steps, "cases": cases, "seed": seed}
-    place = work or Path("so8t-runs") / "cuda-evidence"
+    place = (work or Path("so8t-runs") / "cuda-evidence").resolve()
     found: list[dict[str, Any]] = []
     for wanted in every_part(names, bits, options, place):
         label = f"{wanted.setting.shape} {wanted.setting.bits}-bit {wanted.part}"

@@ -72,7 +72,7 @@ def markdown(machine: dict[str, Any], options: dict[str, int], found: Sequence[R
                 _head(machine, options),
                 "## Training\n\n" + _table(_TRAINING, _training(found)),
                 "Predicted is the peak of `so8t-train plan`; measured is the most that the CUDA "
-                "allocator had allocated, or on a CPU the resident size of the whole process. Reserved is "
+                "allocator had allocated, or on a CPU the resident size of the process. Reserved is "
                 "what the allocator took from the device. Time leaves the first step out.",
                 "## Export to Q8_0\n\n" + _table(_EXPORT, _exports(found)),
                 "## Verdicts\n\n" + _table(_VERDICTS, _verdicts(found)),
