@@ -164,7 +164,8 @@ def verdicts(setting: Setting) -> dict[str, Any]:
 
     logs = setting.directory / "verdicts"
     gguf = next((setting.directory / "gguf").glob("*-Q8_0.gguf"), None)
-    if gguf is None:
+    judged = (logs / "summary.json").is_file()
+    if gguf is None and not judged:
         raise SystemExit("no exported file to judge with: the export failed")
     options = ["--limit", str(setting.cases), "--seed", str(setting.seed)]
     options += ["--latency-cases", str(min(LATENCY_CASES, setting.cases)), "--log-dir", str(logs)]
@@ -173,7 +174,7 @@ def verdicts(setting: Setting) -> dict[str, Any]:
     if (logs / "records.jsonl").is_file():
         options.append("--resume")
     models = ["--model", f"torch:{setting.run}", "--model", f"llamacpp:{gguf}"]
-    if not (logs / "summary.json").is_file():
+    if not judged:
         _command("so8t_eval.cli", "run", str(CASES), *models, *options)
     summary = json.loads((logs / "summary.json").read_text(encoding="utf-8"))
     return {
