@@ -33,6 +33,7 @@ from so8t_train.dev_evaluation import (
 )
 from so8t_train.emergency import saved_on_failure
 from so8t_train.operating_points import OperatingPoint, operating_points
+from so8t_train.phase_recorder import PhaseRecorder
 from so8t_train.quantized_layers import use_training_kernels
 from so8t_train.replay import REPLAYED, load_fit_cases
 from so8t_train.run_dir import MANIFEST, read_manifest, save_run
@@ -101,7 +102,8 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
     parallel.from_main(lambda: _clear_leftovers(directory))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    start = _load(config, reporter, parallel)
+    phases = PhaseRecorder(config, reporter.news, active=parallel.is_main)
+    start = _load(config, reporter, parallel, phases)
     model, dev = start.model, start.dev.examples
     trainer = Trainer(
         model,
@@ -113,6 +115,8 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
         session=session,
         parallel=parallel,
     )
+    phases.ends("hold")
+    phases.predict(model, start.source, start.data.examples)
     before = _dev_logits(model, dev) if start.origin and parallel.is_main else None
     resumed = bool(resume) and trainer.resume(reporter.news, start_over=resume == "auto")
     parallel.require_same(
@@ -121,6 +125,7 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
         "every process needs the same files and sees the same output_dir",
     )
     logs = parallel.on_main(lambda: _open_logs(trainer))
+    phases.begin(directory, resumed=resumed)
     if resumed:
         reporter.news(
             f"resumed after step {trainer.step} of {trainer.total_steps} (session {session})"
@@ -129,9 +134,15 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
     def on_step(report: StepReport) -> None:
         if logs is not None:  # this is the main process
             reporter.on_step(report, logs.write(report))
+            if report.step % config.save_every_steps == 0:
+                phases.ends("train")
 
     echo_s = _ECHO_S if parallel.processes > 1 else 0.0
-    with stop_signals(echo_s) as stop, saved_on_failure(trainer, reporter.news):
+    with (
+        phases.during("train"),
+        stop_signals(echo_s) as stop,
+        saved_on_failure(trainer, reporter.news),
+    ):
         trainer.run(TrainingHooks(on_step, stop))
     reporter.news("calibrating on the dev split and saving")
 
@@ -148,6 +159,7 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
             training |= {"started_from": start.origin.sha256, "moved": moved._asdict()}
         points = _points(model, after, dev)
         save_run(directory, model, start.tokenizer, start.source, config, training, points)
+        phases.ends("save")
         from so8t_train.model_card import write_model_card
 
         write_model_card(directory, config.train_file, config.dev_file)
@@ -207,7 +219,9 @@ class _Start(NamedTuple):
     """The run that is continued, if one is."""
 
 
-def _load(config: FitConfig, reporter: FitReporter, parallel: DataParallel) -> _Start:
+def _load(
+    config: FitConfig, reporter: FitReporter, parallel: DataParallel, phases: PhaseRecorder
+) -> _Start:
     source = resolve_base(config.base_model)
     directory = origin_directory(config)
     if config.freeze == "safe" and directory is None:
@@ -228,6 +242,7 @@ def _load(config: FitConfig, reporter: FitReporter, parallel: DataParallel) -> _
         f"loading {source.name} ({config.precision} base, {str(dtype).removeprefix('torch.')})"
     )
     model, tokenizer = build_safety_model(source, parallel.placed(config), dtype)
+    phases.ends("load")
     if is_emulated(dtype, model.device):
         reporter.news(f"warning: {EMULATED}")
     origin = None

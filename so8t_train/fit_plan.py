@@ -88,22 +88,57 @@ def plan_fit(config: FitConfig) -> FitPlan:
     Raises:
         ConfigError, CaseFileError, ModelFileError: as a fit would, for what is missing or broken.
     """
-    imports = imported_bytes()
-    source = locate_base(config.base_model)
-    planner = _Planner(config, source, imports)
+    around = surroundings(config)
+    planner = _Planner(config, locate_base(config.base_model), around)
     memory, work = planner.outlook(config)
     return FitPlan(
         config,
         planner.shape,
-        planner.device,
-        str(planner.dtype).removeprefix("torch."),
+        around.device,
+        str(compute_dtype(config)).removeprefix("torch."),
         memory,
         work,
         -(-len(planner.data.examples) // config.cases_per_step),
         len(planner.data.too_long),
-        planner.available,
+        around.available,
         tuple(planner.suggestions(memory)),
     )
+
+
+class Surroundings(NamedTuple):
+    """Where a fit runs, as found before it loads anything."""
+
+    device: Device
+    imports: int
+    """Resident bytes of interpreter and libraries."""
+    available: int
+    """Bytes that a fit may take."""
+
+
+def surroundings(config: FitConfig) -> Surroundings:
+    """Measured in this process, which imports what a fit imports."""
+    device = planned_device(config)
+    return Surroundings(device, imported_bytes(), available_bytes(device))
+
+
+def planned_device(config: FitConfig) -> Device:
+    """What holds the model, and what the prediction is for."""
+    return "cuda" if torch.cuda.is_available() and config.device_map != "cpu" else "cpu"
+
+
+def planned_memory(
+    config: FitConfig,
+    shape: ModelShape,
+    examples: Sequence[TrainingExample],
+    passes: Sequence[PassSize],
+    around: Surroundings,
+) -> MemoryPlan:
+    """Memory of every phase of a fit that trains ``examples`` in ``passes``."""
+    item = compute_dtype(config).itemsize
+    holds = shape.linear_parameters * item <= MOST_MEMORY_SHARE * around.available
+    setting = Setting(shape, config, around.device, item, holds)
+    token_ids = sum(map(_token_ids, examples))
+    return plan_memory(setting, passes, imports=around.imports, token_ids=token_ids)
 
 
 def imported_bytes() -> int:
@@ -161,28 +196,17 @@ def pass_flops(shape: ModelShape, config: FitConfig, size: PassSize) -> float:
 class _Planner:
     """Answers for one base and training set, under changing settings."""
 
-    def __init__(self, config: FitConfig, source: BaseModelSource, imports: int) -> None:
-        self.config, self.imports = config, imports
+    def __init__(self, config: FitConfig, source: BaseModelSource, around: Surroundings) -> None:
+        self.config, self.around = config, around
         self.shape = read_shape(source, config.trust_remote_code)
         self.data = tokenized_examples(config, source)
-        self.dtype = compute_dtype(config)
-        on_cuda = torch.cuda.is_available() and config.device_map != "cpu"
-        self.device: Device = "cuda" if on_cuda else "cpu"
-        self.available = available_bytes(self.device)
 
     def outlook(self, config: FitConfig) -> tuple[MemoryPlan, Work]:
         """Memory and work under ``config``, which has this base and these case files."""
         shortened = (_shortened(e, config.max_length) for e in self.data.examples)
         examples = [example for example in shortened if example is not None]
         passes = fit_passes(examples, config)
-        item = compute_dtype(config).itemsize
-        held = self.shape.linear_parameters * item
-        setting = Setting(
-            self.shape, config, self.device, item, held <= MOST_MEMORY_SHARE * self.available
-        )
-        memory = plan_memory(
-            setting, passes, imports=self.imports, token_ids=sum(map(_token_ids, examples))
-        )
+        memory = planned_memory(config, self.shape, examples, passes, self.around)
         work = Work(
             total_steps(len(examples), config),
             sum(size.tokens for size in passes),

@@ -1,11 +1,11 @@
 """Measured memory of every optimizer step, for ``memory.jsonl`` and the model card."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import psutil
 import torch
 
-GIB = float(1 << 30)
+GIB: Final = float(1 << 30)
 
 
 class MemoryUse(NamedTuple):
@@ -18,22 +18,23 @@ class MemoryUse(NamedTuple):
 
 
 class MemoryLog:
-    """Samples memory; keeps the peak resident size, which not every platform reports."""
+    """Samples memory; keeps the peak, which platforms do not report or a phase's record resets."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._process = psutil.Process()
-        self._peak_rss = 0
+        self._peak = 0
 
     def sample(self) -> MemoryUse:
         """Memory at this moment."""
         if self._device.type == "cuda":
+            self._peak = max(self._peak, torch.cuda.max_memory_reserved(self._device))
             return MemoryUse(
                 torch.cuda.memory_allocated(self._device) / GIB,
                 torch.cuda.memory_reserved(self._device) / GIB,
-                torch.cuda.max_memory_reserved(self._device) / GIB,
+                self._peak / GIB,
                 "cuda",
             )
         rss = self._process.memory_info().rss
-        self._peak_rss = max(self._peak_rss, rss)
-        return MemoryUse(rss / GIB, rss / GIB, self._peak_rss / GIB, "rss")
+        self._peak = max(self._peak, rss)
+        return MemoryUse(rss / GIB, rss / GIB, self._peak / GIB, "rss")

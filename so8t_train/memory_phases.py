@@ -1,73 +1,74 @@
-"""Peak memory of a fit phase by phase, as measured, beside what the plan predicted."""
+"""``memory_phases.json``: the peak memory of a fit phase by phase, predicted and measured."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
-
-import psutil
+from typing import Any, Final, Literal, NamedTuple
 
 from so8t_eval.atomic_write import atomic_write_text
 
 MEMORY_PHASES: Final = "memory_phases.json"
-_GIB: Final = float(1 << 30)
-_STATUS: Final = Path("/proc/self/status")
-_RESET: Final = Path("/proc/self/clear_refs")
+Kind = Literal["rss", "cuda"]
+"""Resident memory of the process, or what the CUDA allocator reserved on all its devices."""
 
 
-class PhasePeaks:
-    """Peak resident memory of this process between calls, GiB.
+class MemoryPhases(NamedTuple):
+    """GiB by phase; a phase that was not reached, or not predicted, is absent."""
 
-    On Linux the kernel's high-water mark, which it resets; elsewhere the size when a phase ends.
-    """
+    kind: Kind
+    predicted: Mapping[str, float]
+    measured: Mapping[str, float]
 
-    def __init__(self) -> None:
-        self.measured: dict[str, float] = {}
-        _reset()
+    def after(self, earlier: "MemoryPhases | None") -> "MemoryPhases":
+        """Of this session and an ``earlier`` one: the larger peaks, this one's prediction.
 
-    def ends(self, phase: str) -> None:
-        """Book the peak since the last call under ``phase``; the larger one if it came before."""
-        self.measured[phase] = max(self.measured.get(phase, 0.0), resident_peak() / _GIB)
-        _reset()
-
-    def save(self, directory: Path, predicted: Mapping[str, float]) -> None:
-        """Write ``memory_phases.json`` with both, GiB by phase.
-
-        Raises:
-            DiskError: it cannot be written.
+        Peaks of another kind, from another device, are dropped: there is nothing to compare.
         """
-        record = {"predicted": dict(predicted), "measured": self.measured}
-        atomic_write_text(directory / MEMORY_PHASES, json.dumps(record, indent=1) + "\n")
+        if earlier is None or earlier.kind != self.kind:
+            return self
+        phases = dict.fromkeys((*earlier.measured, *self.measured))
+        measured = {
+            phase: max(record.measured.get(phase, 0.0) for record in (earlier, self))
+            for phase in phases
+        }
+        return self._replace(measured=measured, predicted=self.predicted or earlier.predicted)
 
 
-def resident_peak() -> int:
-    """Bytes that were resident at most since the last reset."""
+def write_phases(directory: Path, phases: MemoryPhases) -> None:
+    """Write ``memory_phases.json``.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    text = json.dumps(phases._asdict(), indent=1)
+    atomic_write_text(directory / MEMORY_PHASES, text + "\n")
+
+
+def read_phases(directory: Path) -> MemoryPhases | None:
+    """What a fit recorded; None if it recorded nothing that can be read."""
     try:
-        lines = _STATUS.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return int(psutil.Process().memory_info().rss)
+        record = json.loads((directory / MEMORY_PHASES).read_text(encoding="utf-8"))
+        kind: Kind = "cuda" if record["kind"] == "cuda" else "rss"
+        return MemoryPhases(kind, _peaks(record["predicted"]), _peaks(record["measured"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or torn
+        return None
 
 
-def _reset() -> None:
-    try:
-        _RESET.write_text("5", encoding="ascii")
-    except OSError:  # not Linux, or not allowed: peaks then include earlier phases'
-        return
-
-
-def phases_table(record: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown of a record that ``PhasePeaks.save`` wrote."""
-    predicted, measured = record["predicted"], record["measured"]
+def phases_table(record: MemoryPhases) -> str:
+    """Markdown of a record."""
     rows = "\n".join(
-        f"| {phase} | {_gib(predicted.get(phase))} | {_gib(measured.get(phase))} |"
-        for phase in dict.fromkeys((*predicted, *measured))
+        f"| {phase} | {_gib(record.predicted.get(phase))} | {_gib(record.measured.get(phase))} |"
+        for phase in dict.fromkeys((*record.predicted, *record.measured))
     )
-    return f"""Peak of every phase, as `so8t-train plan` predicted it and as measured:
+    return f"""Peak of every phase, as `so8t-train plan` predicts it and as measured:
 
 | Phase | Predicted | Measured |
 | --- | --- | --- |
 {rows}"""
+
+
+def _peaks(value: Any) -> dict[str, float]:
+    return {str(phase): float(gib) for phase, gib in value.items()}
 
 
 def _gib(value: float | None) -> str:

@@ -8,22 +8,22 @@ from typing import Final, NamedTuple
 from so8t_eval.cases import Case, load_cases
 from so8t_eval.errors import CaseFileError, DiskError, ModelFileError
 from so8t_eval.file_hash import file_sha256
-from so8t_train.memory_phases import MEMORY_PHASES
+from so8t_train.memory_phases import MemoryPhases, read_phases
 
 UNKNOWN: Final = "not recorded"
 _MANIFEST, _TRAIN_LOG, MEMORY_LOG = "so8t.json", "train_log.jsonl", "memory.jsonl"
 
 
 class RunFacts(NamedTuple):
-    """A run directory's records; anything absent is an empty mapping or list."""
+    """A run directory's records; what is absent is an empty mapping or list, or None."""
 
     manifest: Mapping[str, object]
     config: Mapping[str, object]
     training: Mapping[str, object]
     steps: list[dict[str, object]]
     memory: list[dict[str, object]]
-    memory_phases: Mapping[str, Mapping[str, float]]
-    """Predicted and measured GiB by phase; empty where the fit recorded none."""
+    memory_phases: MemoryPhases | None
+    """None where the fit recorded none."""
 
 
 class DataFile(NamedTuple):
@@ -54,19 +54,8 @@ def read_facts(directory: Path) -> RunFacts:
         training if isinstance(training, dict) else {},
         _json_lines(directory / _TRAIN_LOG),
         _json_lines(directory / MEMORY_LOG),
-        _memory_phases(directory / MEMORY_PHASES),
+        read_phases(directory),
     )
-
-
-def _memory_phases(path: Path) -> dict[str, dict[str, float]]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            kind: {str(phase): float(gib) for phase, gib in record[kind].items()}
-            for kind in ("predicted", "measured")
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or torn
-        return {}
 
 
 def _json_lines(path: Path) -> list[dict[str, object]]:

@@ -1,7 +1,7 @@
 """Sizes of a base model's weights, read from its headers alone: no weights are loaded or hashed."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +19,7 @@ from so8t_train.embedded_base import embedded_base_path
 from so8t_train.gguf_layout import hf_name
 
 _LAYER: Final = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)\.weight$")
+_ADDED: Final = re.compile(r"\.(?:lora_\w+|rotation_gate)\.")
 _EMBEDDING: Final = "embed_tokens.weight"
 _OUTPUT: Final = "lm_head.weight"
 
@@ -96,6 +97,22 @@ def read_shape(source: BaseModelSource, trust_remote_code: bool = False) -> Mode
     """
     config = load_base_config(source, trust_remote_code)
     tensors = dict(_gguf_tensors(source.path) if source.is_gguf else _hf_tensors(source.path))
+    return _shape(source, config, tensors)
+
+
+def loaded_shape(source: BaseModelSource, model: Any) -> ModelShape:
+    """``read_shape`` of a transformers ``model`` in memory, adapters and gates inside or not."""
+    tensors = {
+        name.replace(".base_layer.", "."): tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if not _ADDED.search(name)
+    }
+    return _shape(source, model.config, tensors)
+
+
+def _shape(
+    source: BaseModelSource, config: Any, tensors: Mapping[str, tuple[int, ...]]
+) -> ModelShape:
     inside = {name: (match, tensors[name]) for name in tensors if (match := _LAYER.search(name))}
     linears = tuple(
         LinearShape(match[2].rpartition(".")[2], shape[0], shape[1])

@@ -13,7 +13,7 @@ from so8t_train.base_model import EMBEDDED
 from so8t_train.config import FitConfig
 from so8t_train.dev_evaluation import DevResult
 from so8t_train.memory_log import MemoryUse
-from so8t_train.memory_phases import MEMORY_PHASES, PhasePeaks
+from so8t_train.memory_phases import MEMORY_PHASES, MemoryPhases, write_phases
 from so8t_train.model_card import CARD, render_model_card, write_model_card
 from so8t_train.model_card_facts import UNKNOWN
 from so8t_train.run_dir import RunManifest
@@ -140,17 +140,15 @@ def test_measured_memory_is_start_median_peak_and_batch(run_directory: Path) -> 
 
 def test_memory_by_phase_is_predicted_beside_measured(run_directory: Path) -> None:
     assert "as measured:" not in render_model_card(run_directory)
-    peaks = PhasePeaks()
-    peaks.ends("load")
-    peaks.measured["train"] = 3.73
-    peaks.save(run_directory, {"load": 1.02, "train": 3.55, "save": 3.24})
+    predicted = {"load": 1.02, "train": 3.55, "save": 3.24}
+    write_phases(run_directory, MemoryPhases("rss", predicted, {"load": 1.19, "train": 3.73}))
     card = render_model_card(run_directory)
-    assert f"| load | 1.02 GiB | {peaks.measured['load']:.2f} GiB |" in card
+    assert "| load | 1.02 GiB | 1.19 GiB |" in card
     assert "| train | 3.55 GiB | 3.73 GiB |" in card
     assert f"| save | 3.24 GiB | {UNKNOWN} |" in card
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"predicted": {"load": null}}'])
+@pytest.mark.parametrize("text", ["", "[]", '{"kind": "rss", "predicted": {"load": null}}'])
 def test_a_torn_record_of_phases_is_left_out(run_directory: Path, text: str) -> None:
     (run_directory / MEMORY_PHASES).write_text(text, encoding="utf-8")
     assert "as measured:" not in render_model_card(run_directory)
