@@ -2,30 +2,32 @@
 
     python benchmarks/planner_check.py [NAME...] [--steps 3] [--threads 1] [--keep DIR]
 
-Each configuration is predicted and then really fitted for a few steps, in a process of its own. So
-that few steps meet the longest batch, the training file holds the cases of the step whose passes
-the planner finds largest, and nothing else. Measured is the peak resident size of every phase
-(Linux; its high-water mark is reset between phases); the peak of the process is the largest of
-them. Exit code 1 if a peak is off by more than 15 %.
+Each configuration is really fitted for a few steps, in a process of its own, and what the fit then
+recorded is shown: every phase's predicted and measured peak. So that few steps meet the longest
+batch, the training file holds the cases of the step whose passes the planner finds largest, and
+nothing else. The peak of the process is that of its largest phase. Exit code 1 if a peak is off by
+more than 15 %.
 """
 
 import contextlib
-import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
 
+if TYPE_CHECKING:
+    from so8t_train.memory_phases import MemoryPhases
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "so8t_train" / "reference" / "fit.yaml"
 TOLERANCE = 0.15
-GIB = float(1 << 30)
 
 
 def reference(_directory: Path) -> dict[str, Any]:
@@ -113,45 +115,20 @@ def write_configuration(name: str, directory: Path, steps: int, threads: int) ->
     return path
 
 
-def measured_phases(config_file: Path) -> dict[str, float]:
-    """Fit in this process; peak resident GiB of every phase."""
-    from so8t_train import fit as module
+def fitted_phases(config_file: Path) -> "MemoryPhases":
+    """Fit in a process of its own; what the fit recorded of its memory."""
     from so8t_train.config import load_config
-    from so8t_train.fit_plan import imported_bytes
-    from so8t_train.memory_phases import PhasePeaks
+    from so8t_train.memory_phases import read_phases
 
-    imports = imported_bytes() / GIB
-    peaks = PhasePeaks()
-    build, trainer = module.build_safety_model, module.Trainer
-
-    def building(*arguments: Any) -> Any:
-        built = build(*arguments)
-        peaks.ends("load")
-        return built
-
-    def training(*arguments: Any, **options: Any) -> Any:
-        made = trainer(*arguments, **options)
-        peaks.ends("hold")
-        return made
-
-    module.build_safety_model, module.Trainer = building, training  # type: ignore[assignment,misc]
-    reporter = module.FitReporter(
-        lambda news: peaks.ends("train") if news.startswith("calibrating") else None,
-        lambda _report, _memory: peaks.ends("train"),
-    )
-    module.fit(load_config(config_file), resume=False, reporter=reporter)
-    peaks.ends("save")
-    return {"imports": imports, **peaks.measured}
-
-
-def in_own_process(mode: str, config_file: Path) -> dict[str, Any]:
-    command = [sys.executable, __file__, mode, str(config_file)]
+    output = load_config(config_file).output_dir
+    shutil.rmtree(output, ignore_errors=True)
+    command = [sys.executable, "-m", "so8t_train.cli", "fit", str(config_file)]
     environment = os.environ | {"OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
+    phases = read_phases(output)
+    if done.returncode or phases is None:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return phases
 
 
 @click.command()
@@ -172,32 +149,14 @@ def main(names: tuple[str, ...], steps: int, threads: int, keep: Path | None) ->
 
 def compare(name: str, config_file: Path) -> float:
     """Print one configuration's phases; the relative error of the predicted peak."""
-    predicted = in_own_process("--predict", config_file)
-    measured = in_own_process("--measure", config_file)
+    fitted = fitted_phases(config_file)
+    rows = [(phase, fitted.predicted[phase], truth) for phase, truth in fitted.measured.items()]
+    peaks = max(fitted.predicted.values()), max(fitted.measured.values())
     print(f"{name}\n  {'phase':<10}{'predicted':>12}{'measured':>12}{'error':>9}")
-    rows = [(phase, predicted.get(phase), measured[phase]) for phase in measured]
-    peaks = predicted["peak"], max(measured.values())
     for phase, guess, truth in (*rows, ("peak", *peaks)):
-        shown = (
-            "" if guess is None else f"{guess:8.3f} GiB{truth:8.3f} GiB{guess / truth - 1:+9.1%}"
-        )
-        print(f"  {phase:<10}{shown or f'{truth:20.3f} GiB'}", flush=True)
+        print(f"  {phase:<10}{guess:8.3f} GiB{truth:8.3f} GiB{guess / truth - 1:+9.1%}", flush=True)
     return peaks[0] / peaks[1] - 1
 
 
-def predicted_phases(config_file: Path) -> dict[str, float]:
-    from so8t_train.config import load_config
-    from so8t_train.fit_plan import plan_fit
-
-    memory = plan_fit(load_config(config_file)).memory
-    peaks = {phase.name: phase.total / GIB for phase in memory.phases}
-    return {"imports": memory.imports / GIB, **peaks, "peak": memory.peak / GIB}
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measured_phases(Path(sys.argv[2]))))
-    elif sys.argv[1:2] == ["--predict"]:
-        print(json.dumps(predicted_phases(Path(sys.argv[2]))))
-    else:
-        main()
+    main()
