@@ -4,6 +4,7 @@ Reads the header alone, without weights and without building the vocabulary, so 
 is explained before a model is loaded. Source: the GGUF specification, version 3.
 """
 
+import glob
 import mmap
 import struct
 from pathlib import Path
@@ -64,7 +65,9 @@ def read_gguf_metadata(path: Path) -> dict[str, MetadataValue]:
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Reader(content).metadata(path)
     except FileNotFoundError as error:
-        raise ModelFileError(f"{path}: no such file; check the path after llamacpp:") from error
+        parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}-00001-of-*.gguf"))
+        hint = f"it was split, give {parts[0].name}" if parts else "check the path after llamacpp:"
+        raise ModelFileError(f"{path}: no such file; {hint}") from error
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror or error}") from error
     except (struct.error, UnicodeDecodeError, KeyError) as error:
@@ -89,10 +92,6 @@ def so8t_keys(path: Path, metadata: dict[str, MetadataValue]) -> So8tKeys:
         raise ModelFileError(
             f"{path}: expected {KEY_FORMAT_VERSION} {FORMAT_VERSION}, found {version}; "
             "export it again with this version, or use the SO8T version that wrote it"
-        )
-    if metadata.get("split.count", 1) != 1:
-        raise ModelFileError(
-            f"{path} is one part of a split model; join the parts with llama-gguf-split --merge"
         )
     protocol_hash, tokens = metadata.get(KEY_PROTOCOL_HASH), metadata.get(KEY_VERDICT_TOKENS)
     if not isinstance(protocol_hash, str):

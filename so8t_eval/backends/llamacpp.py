@@ -7,6 +7,7 @@ from typing import Final
 
 from so8t_eval.backends.base import BackendInfo, Logits, SpecialToken
 from so8t_eval.backends.gguf_header import MetadataValue, So8tKeys, read_gguf_metadata, so8t_keys
+from so8t_eval.backends.gguf_parts import gguf_parts
 from so8t_eval.backends.llamacpp_context import (
     LlamaContext,
     LlamaModel,
@@ -20,7 +21,7 @@ from so8t_eval.backends.prefix_batches import (
     reusable_length,
 )
 from so8t_eval.errors import BackendError, ModelFileError
-from so8t_eval.file_hash import file_sha256
+from so8t_eval.file_hash import files_sha256
 from so8t_eval.labels import VERDICT_TOKENS
 from so8t_eval.protocol import DEFAULT_MAX_PROMPT_TOKENS, VerdictProtocol
 
@@ -34,13 +35,13 @@ _USER_DEFINED_KIND: Final = 16
 
 
 class LlamaCppBackend:
-    """A GGUF file in llama.cpp.
+    """A GGUF file in llama.cpp; of a split model the first part, which stands for all.
 
     ``batch_tokens`` are computed together in one batch; ``exact`` turns flash attention off and
     keeps keys and values in float32, slower and closest to PyTorch, for parity checks.
 
     Raises:
-        ModelFileError: the file is missing, broken, or not an export of this SO8T version.
+        ModelFileError: the file or a part is missing, broken, or not an export of this SO8T version.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LlamaCppBackend:
     ) -> None:
         source = Path(path)
         metadata = read_gguf_metadata(source)
+        parts = gguf_parts(source, metadata)
         keys = so8t_keys(source, metadata)
         self._model = LlamaModel(source)
         self._context: LlamaContext | None = None
@@ -73,7 +75,7 @@ class LlamaCppBackend:
         self.info = BackendInfo(
             backend="llamacpp",
             model=source.name,
-            model_sha256=file_sha256(source),
+            model_sha256=files_sha256(parts),
             version=runtime_version(),
             settings={
                 "threads": self._threads,
