@@ -1,6 +1,7 @@
 """Write files whole or not at all: temporary name in the same directory, fsync, rename."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -34,6 +35,26 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         raise DiskError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path | str) -> None:
+    """Check that ``path`` can be written, before the work whose result goes there.
+
+    Nothing stays behind, no directory either: a file without a name is opened where the nearest
+    existing directory is.
+
+    Raises:
+        DiskError: it cannot, with the reason.
+    """
+    target = Path(path)
+    try:
+        nearest = next(parent for parent in target.absolute().parents if parent.exists())
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise DiskError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def atomic_write_text(path: Path | str, text: str) -> None:

@@ -212,6 +212,20 @@ def _scanned(path: Path | str) -> Iterator[tuple[int, Record | None]]:
         raise RecordFileError(path, None, None, problem) from error
 
 
+def holds_records(path: Path) -> bool:
+    """Return whether a records file is there and not empty."""
+    return path.exists() and path.stat().st_size > 0
+
+
+def refuse_earlier_records(path: Path) -> None:
+    """Raise UsageError if the file holds something already."""
+    if holds_records(path):
+        raise UsageError(
+            f"{path}: expected a new file, found earlier records; resume that run with --resume, "
+            "or choose another output directory"
+        )
+
+
 class RecordWriter:
     """Context manager that appends records to a file, each safe on disk before the next.
 
@@ -234,8 +248,10 @@ class RecordWriter:
 
     def __enter__(self) -> "RecordWriter":
         try:
+            if not self.resume:
+                refuse_earlier_records(self.path)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and self.path.stat().st_size > 0:
+            if holds_records(self.path):
                 self._keep_existing()
             self._stream = self.path.open("ab")
             self._end = self._stream.tell()
@@ -266,11 +282,6 @@ class RecordWriter:
                 raise DiskError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def _keep_existing(self) -> None:
-        if not self.resume:
-            raise UsageError(
-                f"{self.path}: expected a new file, found earlier records; "
-                "resume that run or choose another output directory"
-            )
         self.existing, torn_at = index_records(self.path)
         self.was_torn = torn_at is not None
         with self.path.open("rb+") as stream:

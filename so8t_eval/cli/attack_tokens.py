@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from so8t_eval.atomic_write import check_writable
 from so8t_eval.attack_report import (
     AttackReport,
     AttackRunEntry,
@@ -80,8 +81,15 @@ def attack_tokens(
     Every attempt must tokenize to the control tokens of the same conversation with a harmless word
     in its place. Ends with 0 when no id was forged, 1 when one was.
     """
-    if json_file is not None and json_file.is_dir():
-        raise UsageError(f"--json {json_file}: expected a file, found a directory")
+    if max_verdict_changes is not None and not compared:
+        raise UsageError(
+            "--max-verdict-changes: with --compare 0 no verdict is compared, so nothing could "
+            "fail; compare some, or leave the option out"
+        )
+    if json_file is not None:
+        if json_file.is_dir():
+            raise UsageError(f"--json {json_file}: expected a file, found a directory")
+        check_writable(json_file)
     specs = [parse_model(text) for text in models] or reference_models(report_line)
     _check_given_once(specs)
     runs: list[AttackRunEntry] = []

@@ -7,7 +7,7 @@ from typing import Final
 import click
 from rich.console import Console
 
-from so8t_eval.atomic_write import atomic_write_text
+from so8t_eval.atomic_write import atomic_write_text, check_writable
 from so8t_eval.backends.cpu_threads import default_threads
 from so8t_eval.case_sampling import stratified_sample
 from so8t_eval.cases import load_cases
@@ -129,6 +129,7 @@ def _check_outputs(outputs: tuple[Path, ...]) -> None:
     for path in outputs:
         if path.suffix not in (".json", ".md"):
             raise UsageError(f"-o {path}: expected a name ending in .json or .md")
+        check_writable(path)
 
 
 def _print(report: DriftReport, max_unsafe_flips: int | None) -> int:

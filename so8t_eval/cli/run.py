@@ -17,7 +17,7 @@ import click
 from rich.console import Console
 
 from so8t_eval import __version__
-from so8t_eval.atomic_write import atomic_write_text
+from so8t_eval.atomic_write import atomic_write_text, check_writable
 from so8t_eval.backends.judge import Judge
 from so8t_eval.backends.registry import (
     ModelSpec,
@@ -46,7 +46,13 @@ from so8t_eval.file_hash import file_sha256
 from so8t_eval.judged_records import finished_records
 from so8t_eval.markdown_report import render_report_md
 from so8t_eval.operating_point import BALANCED
-from so8t_eval.records import RecordWriter, write_records
+from so8t_eval.records import (
+    RecordWriter,
+    holds_records,
+    refuse_earlier_records,
+    write_records,
+)
+from so8t_eval.resumed_run import check_nothing_is_dropped
 from so8t_eval.runner import DEFAULT_WINDOW_CASES, run_judge_on_disk
 from so8t_eval.scoring_order import in_order
 from so8t_eval.summary import RunResult, build_summary, write_summary
@@ -179,6 +185,7 @@ def run(
     if any(isinstance(spec, ServerModel) for spec in specs):
         _check_for_servers(operating_point, deterministic)
     directory = log_dir or _fresh_directory()
+    _check_places(directory, outputs, resume=resume)
     set_resume_command(_resume_command(directory))
     plan = RunPlan(
         case_file=cases,
@@ -227,6 +234,7 @@ def execute(plan: RunPlan) -> dict[str, object]:
         judges = _open_all(plan, stack)
         _split_alike([judge for judge in judges if isinstance(judge, TokenIdJudge)], plan.cases)
         writer = stack.enter_context(RecordWriter(plan.log_dir / RECORDS, resume=plan.resume))
+        check_nothing_is_dropped(writer.existing, judges, plan.cases)
         progress = stack.enter_context(progress_bar())
         for judge in judges:
             versions[judge.info.backend] = judge.info.version
@@ -324,6 +332,17 @@ def _check_outputs(outputs: Sequence[Path]) -> None:
             raise UsageError(
                 f"-o {path}: expected a name ending in .json (summary) or .md (report)"
             )
+
+
+def _check_places(directory: Path, outputs: Sequence[Path], *, resume: bool) -> None:
+    """Find out that results cannot be written before anything is loaded or judged."""
+    records = directory / RECORDS
+    for path in (records, *outputs):
+        check_writable(path)
+    if not resume:
+        refuse_earlier_records(records)
+    elif not holds_records(records):
+        report_line(f"{directory} holds no records yet: starting from the first case")
 
 
 def _fresh_directory() -> Path:

@@ -91,6 +91,10 @@ def test_wrong_arguments_are_2(model: str, tmp_path: Path) -> None:
         (["--model", model, "--model", model], "is given twice"),
         (["--model", model, "--limit", "0"], "--limit"),
         (["--model", model, "--json", str(tmp_path)], "expected a file, found a directory"),
+        (
+            ["--model", model, "--compare", "0", "--max-verdict-changes", "0"],
+            "no verdict is compared",
+        ),
     ):
         result = invoke(*arguments)
         assert result.exit_code == 2
@@ -103,3 +107,11 @@ def test_missing_model_is_3_and_leaves_no_file(tmp_path: Path) -> None:
     assert result.exit_code == 3
     assert "no such file" in result.stderr
     assert not path.exists()
+
+
+def test_a_file_that_cannot_be_written_is_found_before_a_model_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "attack.json"
+    result = invoke("--model", f"llamacpp:{tmp_path / 'none.gguf'}", "--json", path)
+    assert result.exit_code == 3
+    assert f"cannot write {path}: Not a directory" in result.stderr

@@ -209,6 +209,14 @@ def test_wrong_arguments_are_2_and_nothing_runs(
     assert {path.name for path in ladder.iterdir()} == {"site"}
 
 
+def test_a_report_that_cannot_be_written_is_found_before_the_export(ladder: Path) -> None:
+    (ladder / "file").touch()
+    result = invoke("-o", "file/d.json")
+    assert result.exit_code == 3
+    assert f"cannot write {Path('file/d.json')}: Not a directory" in result.stderr
+    assert "exporting" not in result.stderr
+
+
 def test_without_an_exporter_the_package_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,6 +186,67 @@ def test_earlier_records_are_not_overwritten(tmp_path: Path, case_file: Path, mo
     assert len(read_records(tmp_path / "log" / "records.jsonl").records) == 12
 
 
+def test_resume_never_drops_records_of_other_cases(
+    tmp_path: Path, case_file: Path, model: str
+) -> None:
+    log_dir = tmp_path / "log"
+    arguments = ("--model", model, "--latency-cases", 0, "--log-dir", log_dir)
+    assert invoke(case_file, *arguments).exit_code == 0
+    before = (log_dir / "records.jsonl").read_bytes()
+    result = invoke(case_file, *arguments, "--limit", 3, "--resume")
+    assert result.exit_code == 2
+    assert "9 records of other cases" in result.stderr
+    assert "--limit" in result.stderr
+    assert (log_dir / "records.jsonl").read_bytes() == before
+    relabelled = write_cases(
+        tmp_path / "relabelled.jsonl", [case_dict(i) | {"id": f"new-{i}"} for i in range(12)]
+    )
+    assert invoke(relabelled, *arguments, "--resume").exit_code == 0
+    more = write_cases(tmp_path / "more.jsonl", [case_dict(i) for i in range(15)])
+    assert invoke(more, *arguments, "--resume").exit_code == 0
+    assert len(read_records(log_dir / "records.jsonl").records) == 15
+
+
+def test_resume_never_drops_records_of_other_models(
+    tmp_path: Path, case_file: Path, model: str
+) -> None:
+    other = write_tiny_gguf(tmp_path / "other.gguf", seed=9)
+    arguments = (case_file, "--latency-cases", 0, "--log-dir", tmp_path / "log")
+    assert invoke(*arguments, "--model", model).exit_code == 0
+    result = invoke(*arguments, "--model", f"llamacpp:{other}", "--resume")
+    assert result.exit_code == 2
+    assert "12 records of other models" in result.stderr
+    both = invoke(*arguments, "--model", model, "--model", f"llamacpp:{other}", "--resume")
+    assert both.exit_code == 0, both.stderr
+
+
+def test_a_directory_that_cannot_be_used_is_found_before_a_model_is_opened(
+    tmp_path: Path, case_file: Path, model: str
+) -> None:
+    missing = ("--model", "llamacpp:none.gguf")
+    result = invoke(case_file, *missing, "--log-dir", case_file / "log")
+    assert result.exit_code == 3
+    assert f"cannot write {case_file / 'log' / 'records.jsonl'}" in result.stderr
+    log_dir = tmp_path / "log"
+    assert invoke(case_file, "--model", model, "--log-dir", log_dir).exit_code == 0
+    result = invoke(case_file, *missing, "--log-dir", log_dir)
+    assert result.exit_code == 2
+    assert "found earlier records" in result.stderr
+    result = invoke(
+        case_file, *missing, "--log-dir", tmp_path / "new", "-o", case_file / "summary.json"
+    )
+    assert result.exit_code == 3
+    assert f"cannot write {case_file / 'summary.json'}" in result.stderr
+
+
+def test_resume_says_when_there_is_nothing_to_resume(
+    tmp_path: Path, case_file: Path, model: str
+) -> None:
+    result = invoke(case_file, "--model", model, "--log-dir", tmp_path / "new", "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert f"{tmp_path / 'new'} holds no records yet: starting" in result.stderr
+
+
 def test_prompts_with_nul_control_tokens_and_200000_characters_are_judged(
     tmp_path: Path, model: str
 ) -> None:

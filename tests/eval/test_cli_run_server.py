@@ -68,8 +68,8 @@ def test_a_file_and_a_server_in_one_run_agree(
     assert "one request alone" in (log_dir / "report.md").read_text()
     server.asked.clear()
     again = invoke(
-        case_file, "--model", f"openai:{server.url}/#tiny", "--latency-cases", "0",
-        "--concurrency", "2", "--log-dir", log_dir, "--resume",
+        case_file, "--model", f"llamacpp:{speaking_gguf}", "--model", f"openai:{server.url}/#tiny",
+        "--latency-cases", "0", "--concurrency", "2", "--log-dir", log_dir, "--resume",
     )  # fmt: skip
     assert again.exit_code == 0, again.stderr
     assert server.asked == []
