@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from so8t_eval.cases import Case, describe, load_cases
+from so8t_eval.cases import Case, describe, json_problem, load_cases
 from so8t_eval.errors import CaseFileError
 
 
@@ -55,8 +55,8 @@ def read_reference_texts(path: Path | str) -> list[LocatedText]:
     for number, line in _numbered_lines(source):
         try:
             text = _text_of(json.loads(line))
-        except ValueError as error:
-            raise CaseFileError(source, number, None, f"not valid JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise CaseFileError(source, number, None, json_problem(error)) from error
         if text is None:
             raise CaseFileError(
                 source, number, None, "expected an object with a 'prompt', 'messages' or 'text'"
@@ -127,8 +127,8 @@ def _problem(source: Path, number: int, line: str, seen: dict[str, int]) -> Case
         field = ".".join(str(part) for part in first["loc"]) or None
         text = describe(first["type"], first["msg"], first["input"])
         return CaseFileError(source, number, field, text)
-    except ValueError as error:
-        return CaseFileError(source, number, None, f"not valid JSON: {error}")
+    except (ValueError, RecursionError) as error:
+        return CaseFileError(source, number, None, json_problem(error))
     if case.id in seen:
         problem = f"duplicate id {case.id!r}, first used on line {seen[case.id]}"
         return CaseFileError(source, number, "id", problem)

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from so8t_eval.errors import CaseFileError, UsageError
 from so8t_eval.labels import Verdict
@@ -187,10 +195,8 @@ def parse_case(source: Path, number: int | None, line: bytes) -> Case:
         ) from error
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CaseFileError(
-            source, number, None, f"not valid JSON: {error.msg} at column {error.colno}"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CaseFileError(source, number, None, json_problem(error)) from error
     if not isinstance(value, dict):
         raise CaseFileError(
             source, number, None, f"expected a JSON object, found {type(value).__name__}"
@@ -205,13 +211,20 @@ def parse_case(source: Path, number: int | None, line: bytes) -> Case:
         ) from error
 
 
+def json_problem(error: ValueError | RecursionError) -> str:
+    """Say why one line of a file is no JSON, by its column."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg} at column {error.colno}"
+    return f"not valid JSON: {error}"
+
+
 def describe(kind: str, message: str, found: object) -> str:
     """Turn one pydantic error into a sentence of ours: expected, found, next step."""
     if kind == "missing":
         return "missing; this field is required"
     if kind == "extra_forbidden":
         return "unknown field; remove it or correct its spelling"
-    text = message.removeprefix("Value error, ")
+    text = message.removeprefix("Value error, ").replace("Input should be", "expected")
     if kind == "value_error":
         return text
     shown = json.dumps(found, ensure_ascii=True, default=str)
@@ -229,7 +242,7 @@ def parse_messages(value: object, where: str) -> tuple[Message, ...]:
             f"{where}: expected a list of {{role, content}}, found {type(value).__name__}"
         )
     try:
-        messages = tuple(Message.model_validate(item) for item in value)
+        messages = TypeAdapter(tuple[Message, ...]).validate_python(value)
         check_conversation(messages)
     except ValidationError as error:
         first = error.errors()[0]

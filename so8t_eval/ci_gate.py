@@ -1,5 +1,6 @@
 """The CI gate: evaluate a policy's rules on a candidate run and, where asked, against a base."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -215,7 +216,10 @@ def _regression_outcome(
         bound = min(1.0, 3 / n) if n else 1.0
         outcome = Outcome.PASS if bound <= rule.max_drop else Outcome.INCONCLUSIVE
         what = _worsening(rule.metric)
-        return outcome, f"no case differs; the {what} is at most 3/n = {bound:.3f} (95 %, n={n})"
+        facts = f"no case differs; the {what} is at most 3/n = {bound:.3f} (95 %, n={n})"
+        if outcome is Outcome.PASS or not rule.max_drop:
+            return outcome, facts
+        return outcome, f"{facts}; {rule.max_drop:g} takes n >= {math.ceil(3 / rule.max_drop)}"
     bound_of_drop = difference.high if lower_is_better else _negative(difference.low)
     p = difference.p_holm
     facts = (

@@ -18,7 +18,7 @@ ComparedMetric = Literal[
     "ece",
     "accuracy",
 ]
-BoundedMetric = ComparedMetric | Literal["invalid_rate"]
+BoundedMetric = Literal[ComparedMetric, "invalid_rate"]
 Share = Annotated[float, Field(ge=0, le=1)]
 ALL_SLICES: Final = "*"
 

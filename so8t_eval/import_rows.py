@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+from so8t_eval.cases import json_problem
 from so8t_eval.errors import CaseFileError
 
 Container = Literal["csv", "jsonl"]
@@ -184,7 +185,7 @@ def _jsonl_rows(path: Path, text: str) -> ReadRows:
         try:
             value = json.loads(source)
         except (ValueError, RecursionError) as error:
-            raise CaseFileError(path, line, None, f"not valid JSON: {error}") from error
+            raise CaseFileError(path, line, None, json_problem(error)) from error
         if not isinstance(value, dict):
             problem = f"expected a JSON object, found {type(value).__name__}"
             raise CaseFileError(path, line, None, problem)

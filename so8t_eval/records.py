@@ -1,6 +1,7 @@
 """Records: one backend's outcome on one case, and the JSON Lines file of a run's records."""
 
 import os
+import re
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, BinaryIO, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from so8t_eval.atomic_write import atomic_path
+from so8t_eval.cases import describe
 from so8t_eval.errors import CaseFileError, DiskError, UsageError
 from so8t_eval.labels import INVALID, SEVERITY_ORDER, Verdict
 from so8t_eval.line_sequence import LineSequence, byte_lines
@@ -296,7 +298,12 @@ class RecordWriter:
 def _record_error(path: Path | str, line: int, error: ValidationError) -> RecordFileError:
     first = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in first["loc"]) or None
-    if field is not None and field.startswith("verdict."):
+    problem = describe(first["type"], first["msg"], first["input"])
+    if first["type"] == "json_invalid":  # whose input is the whole line
+        reason = first["msg"].removeprefix("Invalid JSON: ")
+        problem = "not valid JSON: " + re.sub(r" at line \d+ column \d+$", "", reason)
+    elif field is not None and field.startswith("verdict."):
         names = ", ".join([*(verdict.value for verdict in SEVERITY_ORDER), INVALID])
-        return RecordFileError(path, line, "verdict", f"expected {names}, found {first['input']!r}")
-    return RecordFileError(path, line, field, first["msg"])
+        field, problem = "verdict", f"expected {names}, found {first['input']!r}"
+    hint = "restore the file, or run again in another directory"
+    return RecordFileError(path, line, field, f"{problem}; {hint}")

@@ -115,6 +115,11 @@ def _summary(path: Path, summary_path: Path) -> Summary | None:
     if summary_path.exists():
         return parse_summary(read_summary(summary_path), str(summary_path))
     if path.is_dir():
+        if not (path / RECORDS).exists():
+            raise UsageError(
+                f"{path}: neither {RECORDS} nor {SUMMARY} is there; give a directory written by "
+                "so8t-eval run"
+            )
         raise UsageError(
             f"{path}: no {SUMMARY}, so the run is not finished; resume it with "
             f"so8t-eval run --resume --log-dir {path}"

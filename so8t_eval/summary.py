@@ -121,7 +121,7 @@ def read_summary(path: Path | str) -> dict[str, object]:
         UsageError: the file cannot be read, is not JSON, or not a summary.
     """
     try:
-        summary = json.loads(Path(path).read_text(encoding="utf-8"))
+        summary = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -25,7 +25,7 @@ def load_toml(path: Path | str, model: type[_Model]) -> _Model:
             names the file and the key, what was expected and what was found.
     """
     try:
-        values: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # TOML syntax, or bytes that are not UTF-8

@@ -23,9 +23,9 @@ _FLIPS_SHOWN: Final = 20
 _TEXT_SHOWN: Final = 70
 
 _NOTE: Final = """\
-Difference: candidate minus base, with its 95 % interval, on the same cases. Rates: mid-p McNemar
+Change: candidate minus base, with its 95 % interval, on the same cases. Rates: mid-p McNemar
 and Tango's interval; the others: paired bootstrap. p (Holm) is adjusted for the number of metrics.
-Detectable: the smallest difference that n cases find with power 0.8 at p < 0.05 before adjustment;
+Detects: the smallest difference that n cases find with power 0.8 at p < 0.05 before adjustment;
 for rates the d with n = (1.960 sqrt(s) + 0.842 sqrt(s - d^2))^2 / d^2, where s is the share of
 cases on which the runs differ, or d if larger; for the others 2.80 standard errors of the
 difference."""
@@ -147,7 +147,7 @@ def _print(
     if not comparison.same_protocol:
         printer.line("The runs used different protocols: differences are not the model's alone.")
     printer.table(
-        ["metric", "base", "candidate", "difference", "p (Holm)", "detectable", "n"],
+        ["metric", "base", "candidate", "change", "p (Holm)", "detects", "n"],
         map(_metric_row, comparison.metrics),
     )
     printer.line(_NOTE.replace("\n", " "))

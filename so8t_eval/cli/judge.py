@@ -163,7 +163,7 @@ def _conversation(text: str | None, messages: Path | None) -> tuple[Message, ...
         return parse_messages(_read_json(messages), str(messages))
     if text is None and sys.stdin.isatty():
         raise UsageError("expected a text to judge, --messages FILE, or text on standard input")
-    where = "the text"
+    where = "TEXT"
     if text is None or text == "-":
         text, where = _read_stdin(), "standard input"
     _require_text(where, text)
@@ -183,7 +183,7 @@ def _read_stdin() -> str:
 
 def _read_json(path: Path) -> object:
     try:
-        value: object = json.loads(path.read_text(encoding="utf-8"))
+        value: object = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"--messages {path}: {error.strerror or error}") from error
     except ValueError as error:

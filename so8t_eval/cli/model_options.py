@@ -19,7 +19,6 @@ def runtime_options(function: _Function) -> _Function:
         click.option(
             "--torch-dtype",
             type=click.Choice(TORCH_DTYPES),
-            metavar="DTYPE",
             help="Dtype of the PyTorch backend: bfloat16 is faster where the processor multiplies "
             "it and moves logits a little (default: float32 on a CPU, the stored one on CUDA).",
         ),

@@ -28,6 +28,14 @@ def candidate(tmp_path: Path) -> Path:
     return write_run(tmp_path / "candidate", make_records(WORSE, model_sha256="b" * 64))
 
 
+def test_headers_are_whole_words_in_80_columns(
+    base: Path, candidate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    table = invoke(base, candidate).stdout.split("┡")[0].replace("┃", " ").split()
+    assert {"metric", "base", "candidate", "change", "detects", "n"} <= set(table)
+
+
 def test_table_shows_differences_and_flips(base: Path, candidate: Path) -> None:
     result = invoke(base, candidate)
     assert result.exit_code == 0, result.stderr

@@ -60,7 +60,8 @@ def test_twelve_cases_are_inconclusive_with_4(tmp_path: Path, policy: Path) -> N
     result = invoke(few, "--baseline", few, "--policy", policy)
     assert result.exit_code == 4
     assert result.stdout.splitlines()[-1] == "CI gate: inconclusive"
-    assert "3/n = 0.750" in " ".join(result.stdout.split())
+    words = " ".join(result.stdout.replace("│", " ").split())
+    assert "3/n = 0.750 (95 %, n=4); 0.05 takes n >= 60" in words
 
 
 def test_absolute_bounds_need_no_baseline(tmp_path: Path, base: Path) -> None:
@@ -151,6 +152,21 @@ def test_usage_errors_are_2_and_decide_nothing(
     assert result.exit_code == 2
     assert problem in result.stderr
     assert "CI gate" not in result.stdout
+
+
+def test_a_policy_may_begin_with_a_byte_order_mark(tmp_path: Path, base: Path) -> None:
+    path = tmp_path / "marked.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + BOUNDS.replace("\n", "\r\n").encode())
+    assert invoke(base, "--policy", path).exit_code == 0
+
+
+def test_an_unknown_metric_is_named_with_those_that_exist(tmp_path: Path, base: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(BOUNDS.replace("refuse_recall", "refuse_recal"), encoding="utf-8")
+    result = invoke(base, "--policy", path)
+    assert result.exit_code == 2
+    assert "wrong.toml: bounds.0.metric: expected 'refuse_recall', " in result.stderr
+    assert "'accuracy' or 'invalid_rate'; found \"refuse_recal\"" in result.stderr
 
 
 def test_report_that_cannot_be_written_is_3(tmp_path: Path, base: Path, policy: Path) -> None:

@@ -95,7 +95,7 @@ def test_200000_characters_are_judged_in_windows(model: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "stdin", "problem"),
     [
-        ([""], b"", "empty"),
+        ([""], b"", "so8t-eval: TEXT: the text to judge is empty"),
         ([" \n\t"], b"", "empty"),
         ([], b"", "standard input: the text to judge is empty"),
         (["-"], b"\xff\xfe", "not UTF-8 (byte 0xff at offset 0)"),
@@ -118,7 +118,9 @@ def test_text_that_cannot_be_judged_is_2(
 @pytest.mark.parametrize(
     ("content", "problem"),
     [(b"[", "expected JSON"), (b"{}", "expected a list"), (b"\xff", "expected JSON in UTF-8"),
-     (b'[{"role": "user"}]', "missing"), (b"[]", "at least one message")],
+     (b'[{"role": "user", "content": "a"}, {"role": "user"}]', "1.content: missing"),
+     (b'[{"role": "usr", "content": "a"}]', "0.role: expected 'system', 'user' or 'assistant'"),
+     (b"[]", "at least one message")],
 )  # fmt: skip
 def test_wrong_messages_file_is_2(model: str, tmp_path: Path, content: bytes, problem: str) -> None:
     path = tmp_path / "m.json"
@@ -127,6 +129,13 @@ def test_wrong_messages_file_is_2(model: str, tmp_path: Path, content: bytes, pr
     assert result.exit_code == 2
     assert problem in result.stderr
     assert str(path) in result.stderr
+
+
+def test_messages_may_begin_with_a_byte_order_mark(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    path.write_bytes(b'\xef\xbb\xbf[{"role": "user", "content": "a"}]\r\n')
+    result = invoke("--messages", path, "--model", model)
+    assert result.exit_code == 0, result.stderr
 
 
 def test_wrong_model_files_are_3_with_the_reason(tmp_path: Path, tiny_gguf: Path) -> None:

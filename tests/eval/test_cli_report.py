@@ -174,10 +174,13 @@ def test_missing_foreign_and_broken_input_is_2_and_writes_nothing(
     good = (run / "records.jsonl").read_bytes()
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
+    unfinished = write_run(tmp_path / "unfinished", make_records(OUTCOMES))
+    (unfinished / "summary.json").unlink()
     out = tmp_path / "out" / "r.html"
     for source, problem in (
         (tmp_path / "none", "no such run"),
-        (tmp_path / "empty", "no summary.json, so the run is not finished"),
+        (tmp_path / "empty", "neither records.jsonl nor summary.json"),
+        (unfinished, "no summary.json, so the run is not finished"),
         (tmp_path / "notes.txt", "expected a run directory"),
         (spoiled("a", "summary.json", b"{"), "found no JSON"),
         (spoiled("b", "summary.json", b"\xff\xfe\x00"), "found no JSON"),

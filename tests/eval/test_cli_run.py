@@ -116,6 +116,7 @@ def test_limit_takes_a_stratified_seeded_sample(
 
 BAD_CASE_FILES = {
     "broken line": (b'{"id": "a",\n', ":1: not valid JSON"),
+    "nested too deep": (b"[" * 100_000, ":1: not valid JSON"),
     "duplicate id": (
         (json.dumps(case_dict(1)) + "\n").encode() * 2,
         ":2: id: duplicate id 'case-0001', first used on line 1",

@@ -133,7 +133,7 @@ BROKEN = {
     "unknown key": (MINIMAL + 'verdct = "x"', "first_line.0.verdct: unknown field"),
     "unknown verdict": (
         MINIMAL.replace("refuse", "deny"),
-        "first_line.0.verdict: Input should be 'allow', 'escalate' or 'refuse'; found \"deny\"",
+        "first_line.0.verdict: expected 'allow', 'escalate' or 'refuse'; found \"deny\"",
     ),
     "broken pattern": (MINIMAL.replace("bad", "(bad"), 'found "(bad"'),
     "all allow": (MINIMAL.replace("refuse", "allow"), "every rule says allow"),
@@ -147,7 +147,7 @@ BROKEN = {
     ),
     "turns": (
         MINIMAL + '[request]\nturns = "both"',
-        "request.turns: Input should be 'all' or 'last_user'; found \"both\"",
+        "request.turns: expected 'all' or 'last_user'; found \"both\"",
     ),
 }
 

@@ -141,6 +141,23 @@ def test_a_broken_whole_line_is_an_error_naming_file_and_line(tmp_path, broken):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"id": ', "not valid JSON: EOF while parsing a value"),
+        (b"{}", "id: missing; this field is required"),
+        (b'{"id": "\xe9"}', "not valid JSON: invalid unicode code point"),
+    ],
+)
+def test_a_broken_line_says_what_is_wrong_and_what_to_do(tmp_path, line, problem):
+    path = write(tmp_path / "records.jsonl")
+    path.write_bytes(path.read_bytes() + line + b"\n")
+    with pytest.raises(RecordFileError) as caught:
+        read_records(path)
+    assert f"records.jsonl:{len(RECORDS) + 1}: {problem}" in str(caught.value)
+    assert str(caught.value).endswith("; restore the file, or run again in another directory")
+
+
 def test_a_wrong_verdict_names_field_and_choices(tmp_path):
     path = write(tmp_path / "records.jsonl")
     text = path.read_text(encoding="utf-8").replace('"verdict":"refuse"', '"verdict":"deny"')
