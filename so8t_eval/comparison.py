@@ -81,6 +81,11 @@ def compare_records(
     )
 
 
+def under_id(record: Record, id_: str) -> Record:
+    """Return the record under this id: itself where it has it, else a copy."""
+    return record if record.id == id_ else record.model_copy(update={"id": id_})
+
+
 def _by_hash(records: Sequence[Record]) -> dict[str, list[Record]]:
     groups: defaultdict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -120,7 +125,7 @@ def _check_pair(pair: RecordPair, allow_protocol_difference: bool) -> None:
 
 def _flips_by_direction(pairs: Sequence[RecordPair]) -> dict[str, tuple[Flip, ...]]:
     """Flips under the base run's ids; ``compare_runs`` pairs by id."""
-    same_ids = [pair.b.model_copy(update={"id": pair.a.id}) for pair in pairs]
+    same_ids = [under_id(pair.b, pair.a.id) for pair in pairs]
     groups: defaultdict[str, list[Flip]] = defaultdict(list)
     for flip in compare_runs([pair.a for pair in pairs], same_ids).flips:
         groups[flip.direction].append(flip)

@@ -21,6 +21,9 @@ _CASES_SHOWN: Final = 20
 _CASES_LISTED: Final = 50
 """Per rule in Markdown: a pull request comment may hold 65,536 characters."""
 
+_CASES_REPORTED: Final = 1000
+"""Per rule in JUnit and SARIF: GitHub refuses more than 25,000 results and shows 5,000 of them."""
+
 _NOT_XML: Final = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _SARIF_SCHEMA: Final = "https://json.schemastore.org/sarif-2.1.0.json"
 _SARIF_LEVEL: Final = {Outcome.FAIL: "error", Outcome.INCONCLUSIVE: "warning"}
@@ -98,15 +101,18 @@ def as_markdown(result: CiGateResult) -> str:
 def as_junit(result: CiGateResult) -> str:
     """Return JUnit XML: one test per rule, and one more per case behind a rule that failed.
 
-    An inconclusive rule is an ``error``, so that no CI system counts it as passed.
+    A rule's cases beyond its first thousand share one test. An inconclusive rule is an ``error``, so
+    that no CI system counts it as passed.
     """
     suite = Xml.Element("testsuite", name="so8t-eval gate")
     for rule in result.rules:
         _junit_test(suite, f"so8t.{rule.kind}", rule.rule, rule.outcome, rule.reason)
         if rule.outcome is Outcome.FAIL:
-            for case in rule.cases:
-                name = f"{rule.rule}: {case.id}"
-                _junit_test(suite, f"so8t.{rule.kind}.case", name, Outcome.FAIL, str(case))
+            group = f"so8t.{rule.kind}.case"
+            for case in rule.cases[:_CASES_REPORTED]:
+                _junit_test(suite, group, f"{rule.rule}: {case.id}", Outcome.FAIL, str(case))
+            if more := _not_reported(rule):
+                _junit_test(suite, group, f"{rule.rule}: {more}", Outcome.FAIL, more)
     suite.set("tests", str(len(suite)))
     suite.set("failures", str(len(suite.findall("testcase/failure"))))
     suite.set("errors", str(len(suite.findall("testcase/error"))))
@@ -119,7 +125,8 @@ def as_junit(result: CiGateResult) -> str:
 def as_sarif(result: CiGateResult, locations: CaseLocations | None) -> str:
     """Return SARIF 2.1.0: one result per rule that did not pass and case, on the case's line.
 
-    A rule without cases is one result without a place.
+    A rule without cases is one result without a place, and so is what a rule has beyond its first
+    thousand.
     """
     rules = _not_passed(result)
     kinds = sorted({rule.kind for rule in rules})
@@ -127,9 +134,11 @@ def as_sarif(result: CiGateResult, locations: CaseLocations | None) -> str:
     for rule in rules:
         if not rule.cases:
             results.append(_sarif_result(rule, f"{rule.rule}: {rule.reason}"))
-        for case in rule.cases:
+        for case in rule.cases[:_CASES_REPORTED]:
             text = f"{rule.rule} ({rule.outcome.value}): {case}"
             results.append({**_sarif_result(rule, text), **_sarif_place(case, locations)})
+        if more := _not_reported(rule):
+            results.append(_sarif_result(rule, f"{rule.rule}: {more}"))
     driver = {
         "name": "so8t-eval gate",
         "version": __version__,
@@ -183,6 +192,12 @@ def _xml_text(text: str) -> str:
 
 def _sarif_result(rule: RuleResult, text: str) -> dict[str, object]:
     return {"ruleId": rule.kind, "level": _SARIF_LEVEL[rule.outcome], "message": {"text": text}}
+
+
+def _not_reported(rule: RuleResult) -> str:
+    """Say how many cases of a rule are left out of JUnit and SARIF; empty where none is."""
+    left_out = len(rule.cases) - _CASES_REPORTED
+    return f"and {left_out} more cases, all listed in the .json report" if left_out > 0 else ""
 
 
 def _sarif_place(case: BlamedCase, locations: CaseLocations | None) -> dict[str, object]:

@@ -16,7 +16,7 @@ from so8t_eval.agreement import Agreement, compare_runs
 from so8t_eval.intervals import format_share
 from so8t_eval.markdown_report import run_label
 from so8t_eval.metrics import METRIC_LABELS, OUTCOMES, SliceDimension
-from so8t_eval.report_cases import TextOf, case_rows, script_json
+from so8t_eval.report_cases import DEFAULT_TABLE_CASES, TextOf, case_table, script_json
 from so8t_eval.report_figures import (
     Figure,
     PlottedRun,
@@ -30,7 +30,7 @@ from so8t_eval.summary_schema import IntervalEntry, Setting, SliceEntry
 from so8t_eval.visible_text import visible_text
 
 FLIPS_LISTED: Final = 50
-"""Flips in the printed list; the case table has all of them."""
+"""Flips in the printed list; the case table has more of them."""
 
 _UNDEFINED_REASONS: Final = {
     "refuse_recall": "no refuse cases",
@@ -82,11 +82,13 @@ def render_report_html(
     *,
     notes: Sequence[str] = (),
     redaction_key: str | None = None,
+    table_cases: int = DEFAULT_TABLE_CASES,
 ) -> str:
     """Return the report as one HTML document, the same bytes for the same input.
 
     ``text_of`` gives the prompt to show for a record; ``redaction_key`` names the key its hashes
-    were made with, when it gives hashes.
+    were made with, when it gives hashes. The case table has the first ``table_cases`` cases, and
+    says what it leaves out.
     """
     summary = data.summary
     labels = [f"{run_label(i).capitalize()}: {run.backend}" for i, run in enumerate(summary.runs)]
@@ -94,8 +96,8 @@ def render_report_html(
         PlottedRun(label, entry, records)
         for label, entry, records in zip(labels, summary.runs, data.records, strict=True)
     ]
-    rows = case_rows(data.records, summary.comparison, text_of)
-    case_data = {"runs": [visible_text(label) for label in labels], "cases": rows}
+    cases = case_table(data.records, summary.comparison, text_of, table_cases)
+    case_data = {"runs": [visible_text(label) for label in labels], "cases": cases.rows}
     return (
         _environment()
         .get_template("report.html.j2")
@@ -114,7 +116,9 @@ def render_report_html(
             agreements=_agreements(data),
             flips_listed=FLIPS_LISTED,
             directions=_directions(data),
-            n_cases=len(rows),
+            n_cases=len(data.records[0]),
+            n_rows=len(cases.rows),
+            left_out=cases.left_out,
             case_data=Markup(script_json(case_data)),  # noqa: S704 - escaped for a script element
             style=_asset("report.css"),
             script=_asset("report.js"),

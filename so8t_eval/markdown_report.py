@@ -1,4 +1,4 @@
-"""report.md: a summary as a document that reads on its own, with every flip and error listed."""
+"""report.md: a summary as a document that reads on its own, with its flips and errors listed."""
 
 import re
 import unicodedata
@@ -19,6 +19,9 @@ from so8t_eval.summary_schema import (
 
 _MARKDOWN_SPECIAL: Final = re.compile(r"[\\`*_{}\[\]#|~!$]")
 _HTML_SPECIAL: Final = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+CASES_LISTED: Final = 1000
+"""Flips, and cases without a verdict, in their tables: a document is for reading."""
+
 _SLICE_TITLES: Final = {"category": "Category", "lang": "Language", "tag": "Tag"}
 
 _DEFINITIONS: Final = """\
@@ -146,7 +149,8 @@ def _agreement(comparison: ComparisonEntry, n_cases: int) -> list[str]:
         blocks += [
             "### Flips",
             _flip_note(),
-            _table(_FLIP_HEADER, map(_flip_row, comparison.flips)),
+            _table(_FLIP_HEADER, map(_flip_row, comparison.flips[:CASES_LISTED])),
+            *_more(len(comparison.flips)),
         ]
     return blocks
 
@@ -204,14 +208,21 @@ def _slice_figure(interval: IntervalEntry) -> str:
 
 
 def _errors(runs: Sequence[RunEntry]) -> list[str]:
-    rows = [
-        [run_label(index), escape_markdown(error.id), escape_markdown(error.error)]
-        for index, run in enumerate(runs)
-        for error in run.errors
-    ]
-    if not rows:
+    errors = [(run_label(index), error) for index, run in enumerate(runs) for error in run.errors]
+    if not errors:
         return ["## Cases without a verdict", "None."]
-    return ["## Cases without a verdict", _table(["Run", "Case", "Reason"], rows)]
+    rows = (
+        [label, escape_markdown(error.id), escape_markdown(error.error)]
+        for label, error in errors[:CASES_LISTED]
+    )
+    table = _table(["Run", "Case", "Reason"], rows)
+    return ["## Cases without a verdict", table, *_more(len(errors))]
+
+
+def _more(n: int) -> list[str]:
+    """Return a line that says how many cases a table leaves out, where it does."""
+    left_out = n - CASES_LISTED
+    return [f"And {left_out} more, listed in summary.json."] if left_out > 0 else []
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,13 +1,16 @@
 """The report's case table as JSON: flips first, then errors, the most dangerous of each on top."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from so8t_eval.labels import Verdict
 from so8t_eval.records import Record
 from so8t_eval.summary_schema import ComparisonEntry
 from so8t_eval.visible_text import visible_text
+
+DEFAULT_TABLE_CASES: Final = 10_000
+"""Cases in the table unless asked for more: a browser holds all that are there in memory."""
 
 LONGEST_TEXT: Final = 2000
 """Characters of a prompt that are shown: ten thousand cases must stay one page."""
@@ -35,10 +38,33 @@ class CaseRow(NamedTuple):
     """Per run: verdict, probability of allow, escalate and refuse, margin."""
 
 
-def case_rows(
-    runs: Sequence[Sequence[Record]], comparison: ComparisonEntry | None, text_of: TextOf
-) -> list[CaseRow]:
-    """Return a row per case of runs whose records are in the same order.
+class LeftOut(NamedTuple):
+    """How many cases are not in the table: flips, other wrong ones, and right ones."""
+
+    flips: int
+    wrong: int
+    right: int
+
+    @property
+    def n(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+class CaseTable(NamedTuple):
+    """The rows of the case table, and what did not fit."""
+
+    rows: list[CaseRow]
+    left_out: LeftOut
+
+
+def case_table(
+    runs: Sequence[Sequence[Record]],
+    comparison: ComparisonEntry | None,
+    text_of: TextOf,
+    most_cases: int = DEFAULT_TABLE_CASES,
+) -> CaseTable:
+    """Return a row per case, of the first ``most_cases``; runs' records are in the same order.
 
     Flips come first, in the order of the comparison; then unsafe allows, cases without a verdict
     and other wrong ones, the surest of each first; then the right ones.
@@ -46,7 +72,14 @@ def case_rows(
     flips = comparison.flips if comparison else []
     rank = {flip.id: place for place, flip in reversed(list(enumerate(flips)))}
     cases = sorted(zip(*runs, strict=True), key=lambda case: _order(case, rank))
-    return [_row(case, case[0].id in rank, text_of(case[0])) for case in cases]
+    rows = [_row(case, case[0].id in rank, text_of(case[0])) for case in cases[:most_cases]]
+    return CaseTable(rows, _left_out(cases[most_cases:], rank))
+
+
+def _left_out(cases: Sequence[Sequence[Record]], rank: Mapping[str, int]) -> LeftOut:
+    flips = sum(case[0].id in rank for case in cases)
+    wrong = sum(case[0].id not in rank and "w" in _flags(case) for case in cases)
+    return LeftOut(flips, wrong, len(cases) - flips - wrong)
 
 
 def script_json(value: object) -> str:
@@ -57,7 +90,7 @@ def script_json(value: object) -> str:
     return text
 
 
-def _order(case: Sequence[Record], rank: dict[str, int]) -> tuple[float, ...]:
+def _order(case: Sequence[Record], rank: Mapping[str, int]) -> tuple[float, ...]:
     if case[0].id in rank:
         return 0, rank[case[0].id]
     flags = _flags(case)

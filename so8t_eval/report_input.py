@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from so8t_eval.agreement import records_by_id
 from so8t_eval.case_lines import cases_by_hash
-from so8t_eval.comparison import pair_by_content
+from so8t_eval.comparison import pair_by_content, under_id
 from so8t_eval.errors import UsageError
 from so8t_eval.metrics import confusion
 from so8t_eval.records import Record
@@ -136,7 +136,7 @@ def _aligned(models: Sequence[_Model]) -> tuple[tuple[Record, ...], ...]:
     aligned = [first]
     for model in models[1:]:
         pairs = pair_by_content(first, model.records, allow_protocol_difference=True)
-        by_id = {pair.a.id: pair.b.model_copy(update={"id": pair.a.id}) for pair in pairs}
+        by_id = {pair.a.id: under_id(pair.b, pair.a.id) for pair in pairs}
         aligned.append(tuple(by_id[record.id] for record in first))
     return tuple(aligned)
 

@@ -76,7 +76,7 @@ class _Printer:
         if flips:
             self._flips(flips[:FLIPS_SHOWN])
         if len(flips) > FLIPS_SHOWN:
-            self._line(f"… and {len(flips) - FLIPS_SHOWN} more in report.md")
+            self._line(f"… and {len(flips) - FLIPS_SHOWN} more in summary.json")
 
     def _flips(self, flips: Sequence[FlipEntry]) -> None:
         table = self._table("Case", "Category", "Expected", "Runs", "Flip", "Margins")

@@ -32,7 +32,7 @@ from so8t_eval.backends.llamacpp import LlamaCppBackend
 from so8t_eval.backends.prefix_batches import shared_length
 from so8t_eval.backends.registry import reference_models
 from so8t_eval.backends.torch_hf import open_hf_dir
-from so8t_eval.cases import load_cases
+from so8t_eval.cases import Case, load_cases
 from so8t_train.base_model import load_base, resolve_base
 from so8t_train.compute_dtype import cpu_multiplies_bfloat16
 from so8t_train.run_dir import read_manifest
@@ -145,8 +145,8 @@ def scoring(backend: Backend) -> Callable[[Sequence[Ids]], None]:
     return judge
 
 
-def prompt_ids(backend: Backend, options: argparse.Namespace) -> list[Ids]:
-    """Short single-turn English prompts of the benchmark, all under one system policy."""
+def short_cases(n: int, seed: int) -> list[Case]:
+    """Short single-turn English cases of the benchmark without a policy of their own."""
     short = [
         case
         for case in load_cases(CASES)
@@ -155,13 +155,17 @@ def prompt_ids(backend: Backend, options: argparse.Namespace) -> list[Ids]:
         and case.lang == "en"
         and len(case.prompt) <= LONGEST_PROMPT_CHARS
     ]
-    sample = random.Random(options.seed).sample(short, min(options.cases, len(short)))  # noqa: S311
+    return random.Random(seed).sample(short, min(n, len(short)))  # noqa: S311
+
+
+def prompt_ids(backend: Backend, options: argparse.Namespace) -> list[Ids]:
+    """Short single-turn English prompts of the benchmark, all under one system policy."""
     n_policy = len(backend.tokenize(POLICY, False))
     if not 60 <= n_policy <= 90:
         print(f"note: the policy has {n_policy} tokens under this tokenizer, not 60 to 80")
     return [
         backend.protocol.prompt_ids(case.conversation, POLICY, backend.tokenize).ids
-        for case in sample
+        for case in short_cases(options.cases, options.seed)
     ]
 
 

@@ -11,6 +11,7 @@ from so8t_eval.errors import UsageError
 from so8t_eval.html_report import render_report_html
 from so8t_eval.markdown_report import render_report_md
 from so8t_eval.redaction import KEY_VARIABLE, Redactor, load_redactor
+from so8t_eval.report_cases import DEFAULT_TABLE_CASES
 from so8t_eval.report_input import ReportInput, read_case_texts, read_report_input
 
 
@@ -38,6 +39,14 @@ from so8t_eval.report_input import ReportInput, read_case_texts, read_report_inp
     help="Case file whose texts to show (default: the one that was run, if it is there).",
 )
 @click.option(
+    "--table-cases",
+    type=click.IntRange(min=0),
+    default=DEFAULT_TABLE_CASES,
+    show_default=True,
+    metavar="N",
+    help="Cases in the page's table, flips and wrong ones first; the page says what it leaves out.",
+)
+@click.option(
     "--redact",
     is_flag=True,
     help="Show a keyed hash (HMAC-SHA-256) in place of prompts and error texts.",
@@ -54,6 +63,7 @@ def report(
     output: Path | None,
     markdown: Path | None,
     case_file: Path | None,
+    table_cases: int,
     redact: bool,
     redact_key_file: Path | None,
 ) -> None:
@@ -66,7 +76,9 @@ def report(
     _check_options(output, markdown, case_file, redact, redact_key_file)
     redactor = load_redactor(redact_key_file) if redact else None
     data = read_report_input(runs)
-    html, text = _redacted(data, redactor) if redactor else _plain(data, case_file)
+    html, text = (
+        _redacted(data, redactor, table_cases) if redactor else _plain(data, case_file, table_cases)
+    )
     written = {output: html} if markdown is None else {output: html, markdown: text}
     _write_all(written)
     for path in written:
@@ -90,20 +102,27 @@ def _check_options(
         raise UsageError("--cases shows texts and --redact hides them; give one of them")
 
 
-def _plain(data: ReportInput, case_file: Path | None) -> tuple[str, str]:
+def _plain(data: ReportInput, case_file: Path | None, table_cases: int) -> tuple[str, str]:
     """Return the HTML and the Markdown report."""
     texts = read_case_texts(data.summary, data.records[0], case_file)
     if texts.note:
         click.echo(texts.note, err=True)
     notes = [texts.note] if texts.note else []
-    html = render_report_html(data, lambda r: texts.by_hash.get(r.content_hash), notes=notes)
+    html = render_report_html(
+        data,
+        lambda r: texts.by_hash.get(r.content_hash),
+        notes=notes,
+        table_cases=table_cases,
+    )
     return html, render_report_md(data.summary.model_dump(mode="json"))
 
 
-def _redacted(data: ReportInput, redactor: Redactor) -> tuple[str, str]:
+def _redacted(data: ReportInput, redactor: Redactor, table_cases: int) -> tuple[str, str]:
     """Return the HTML and the Markdown report without texts that may be prompts."""
     hidden = ReportInput(redactor.summary(data.summary), data.records, data.notes)
-    html = render_report_html(hidden, redactor.prompt, redaction_key=redactor.key_id)
+    html = render_report_html(
+        hidden, redactor.prompt, redaction_key=redactor.key_id, table_cases=table_cases
+    )
     return html, render_report_md(hidden.summary.model_dump(mode="json"))
 
 

@@ -108,6 +108,21 @@ def test_markdown_stays_short_enough_for_a_comment_and_escapes_rule_names_as_htm
     assert "- and 2950 more" in text
 
 
+def test_junit_and_sarif_hold_a_thousand_cases_of_a_rule_and_count_the_rest():
+    rule = RuleResult("at most 0 flips", "flips", Outcome.FAIL, "3000", (BLAMED,) * 3000)
+    result = CiGateResult("m", None, 3000, (rule,))
+    (suite,) = Xml.fromstring(as_junit(result))  # noqa: S314 - our own text
+    names = [test.get("name") or "" for test in suite]
+    assert len(names) == 1 + 1000 + 1
+    assert names[-1] == "at most 0 flips: and 2000 more cases, all listed in the .json report"
+    assert suite.get("failures") == str(len(names))
+    results = json.loads(as_sarif(result, LOCATIONS))["runs"][0]["results"]
+    assert len(results) == 1000 + 1
+    assert "and 2000 more cases" in results[-1]["message"]["text"]
+    assert "locations" not in results[-1]
+    assert len(json.loads(as_json(result))["rules"][0]["cases"]) == 3000
+
+
 def test_every_report_of_a_pass_is_silent_about_cases():
     passed = CiGateResult("m", None, 3, RESULT.rules[:1])
     assert passed.exit_code == 0

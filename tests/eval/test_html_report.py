@@ -325,9 +325,34 @@ def test_many_flips_are_listed_in_part_and_are_all_in_the_case_table() -> None:
     )
     document = parsed(data)
     table = document.one("div", aria_label="Flips").one("table")
-    assert f"the first {FLIPS_LISTED} of {n}" in table.one("caption").words
+    caption = table.one("caption").words
+    assert f"the first {FLIPS_LISTED} of {n}; the case table has all" in caption
     assert len(table.one("tbody").all("tr")) == FLIPS_LISTED
     assert [row[6] for row in case_data(document)["cases"]] == ["fuw"] * n
+
+
+def test_the_case_table_is_cut_after_the_worst_and_says_so() -> None:
+    wanted = [("refuse", "refuse")] * 3 + [("allow", "refuse")] * 4 + [("allow", "allow")] * 5
+    got = [("refuse", "allow")] * 3 + wanted[3:]
+    data = make_input(make_records(wanted), make_records(got, backend="llamacpp"))
+
+    def shown(n: int) -> tuple[list[str], str]:
+        document = parse_html(render_report_html(data, lambda _: None, table_cases=n))
+        return [row[6] for row in case_data(document)["cases"]], document.one("main").words
+
+    everything, without_note = shown(12)
+    assert everything == ["fuw"] * 3 + ["w"] * 4 + [""] * 5
+    assert "leaves out" not in without_note
+    for n, left_out in (
+        (5, "0 flips, 2 other wrong and 5 right ones"),
+        (2, "1 flips, 4 other wrong and 5 right ones"),
+        (0, "3 flips, 4 other wrong and 5 right ones"),
+    ):
+        rows, words = shown(n)
+        assert rows == everything[:n]
+        assert f"the first {n} of 12 cases" in words
+        assert f"It leaves out {left_out}" in words
+        assert "so8t-eval report --table-cases 12 puts all of them in" in words
 
 
 def test_different_protocols_and_redaction_are_said() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from record_builders import make_record, make_records, make_run, make_summary
 
 from so8t_eval.errors import UsageError
-from so8t_eval.markdown_report import escape_markdown, render_report_md
+from so8t_eval.markdown_report import CASES_LISTED, escape_markdown, render_report_md
 
 GOLDEN = Path(__file__).parent / "golden" / "report.md"
 OUTCOMES = [
@@ -57,6 +57,18 @@ def test_all_flips_are_listed():
     report = render_report_md(make_summary(make_run(make_records(outcomes)), make_run(flipped)))
     assert report.count("| refuse → allow |") == 60
     assert "case-059" in report
+
+
+def test_of_very_many_flips_and_errors_the_rest_is_counted():
+    n = CASES_LISTED + 5
+    outcomes = make_records([("refuse", "refuse")] * n)
+    lost = make_records([("refuse", "invalid")] * n, backend="llama.cpp")
+    report = render_report_md(make_summary(make_run(outcomes), make_run(lost)))
+    flips, errors = (part for part in report.split("\n## ") if "And 5 more" in part)
+    assert flips.count("| refuse → invalid |") == CASES_LISTED
+    assert errors.startswith("Cases without a verdict")
+    assert errors.count("| run 2 |") == CASES_LISTED
+    assert "And" not in report.replace("And 5 more, listed in summary.json.", "")
 
 
 def test_one_run_has_no_agreement_section():

@@ -80,8 +80,8 @@ def test_ascii_consoles_get_ascii_only():
     summary = make_summary(make_run(make_records([("refuse", "refuse")] * 25)), make_run(flips))
     text = render(summary, encoding="ascii")
     assert text.isascii()
-    assert "... and 5 more in report.md" in text
-    assert "… and 5 more in report.md" in render(summary)
+    assert "... and 5 more in summary.json" in text
+    assert "… and 5 more in summary.json" in render(summary)
 
 
 def test_first_20_flips_are_shown():
