@@ -65,11 +65,6 @@ def read_reference_texts(path: Path | str) -> list[LocatedText]:
     return texts
 
 
-def cases_by_hash(path: Path | str) -> dict[str, LocatedCase]:
-    """Return the cases of a file by content hash; empty when the file is missing or broken."""
-    return {located.case.content_hash: located for located in read_located_cases(path).cases}
-
-
 def _filled_lines(source: Path) -> Iterator[int]:
     lines = source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return (number for number, line in enumerate(lines, start=1) if line.strip())

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from so8t_eval.agreement import records_by_id
-from so8t_eval.case_lines import cases_by_hash
+from so8t_eval.case_lines import LocatedCase
+from so8t_eval.case_lookup import cases_by_hash
 from so8t_eval.comparison import pair_by_content, under_id
 from so8t_eval.errors import UsageError
 from so8t_eval.metrics import confusion
@@ -33,10 +34,15 @@ class ReportInput:
 
 
 class CaseTexts(NamedTuple):
-    """Texts by content hash, as far as known, and a note about those that are not."""
+    """Cases by content hash, as far as known, and a note about those that are not."""
 
-    by_hash: Mapping[str, str]
+    by_hash: Mapping[str, LocatedCase]
     note: str | None
+
+    def of(self, record: Record) -> str | None:
+        """Return a record's text, None where it is not known."""
+        located = self.by_hash.get(record.content_hash)
+        return located.case.text if located else None
 
 
 class _Model(NamedTuple):
@@ -82,12 +88,11 @@ def read_case_texts(
     located = cases_by_hash(path)
     if case_file is not None and not located:
         raise UsageError(f"--cases {case_file}: no case file; check it with so8t-eval lint")
-    texts = {key: value.case.text for key, value in located.items()}
-    missing = sum(record.content_hash not in texts for record in records)
+    missing = sum(record.content_hash not in located for record in records)
     if not missing:
-        return CaseTexts(texts, None)
+        return CaseTexts(located, None)
     return CaseTexts(
-        texts,
+        located,
         f"The texts of {missing} of {len(records)} cases are not in {path}; "
         "name the case file they are in with --cases FILE.",
     )

@@ -101,7 +101,7 @@ def main() -> None:
     with contestants(options, cases) as (entries, harness):
         print_setting(options, cases, entries)
         for entry in entries:
-            entry.judge(min(2 * BATCH, len(cases)))  # warm-up
+            entry.judge(min(BATCH, len(cases)))  # warm-up
         spent: dict[str, list[Spent]] = {}
         verdicts: dict[str, Verdicts] = {}
         for _ in range(options.rounds):

@@ -1,11 +1,14 @@
-"""Time and peak memory of ``so8t-eval run`` by number of cases: memory must not grow with them.
+"""Time and peak memory of ``so8t-eval run`` by number of cases, and of what reads its records.
 
 Run: python benchmarks/speed/scaling.py [--cases 100,1000,10000,100000] [--option=--deterministic …]
 
-The model is a tiny random GGUF, so that a run's own costs (reading, rendering, tokenizing, writing
-and summarising) are what is seen. Cases are generated, no two alike, about 20 to 80 characters of
-text each. Every size is a process of its own whose peak resident set the system counts (Linux and
-macOS). Prints a Markdown table; writes nothing that stays.
+The memory of a run must not grow with its cases. The model is a tiny random GGUF, so that a run's
+own costs (reading, rendering, tokenizing, writing and summarising) are what is seen. Cases are
+generated, no two alike, about 20 to 80 characters of text each. ``report``, ``compare`` and ``gate``
+then read the run and a copy of its records in which every tenth verdict is another; they hold
+records in memory. Every command is a process of its own whose peak resident set and processor time
+the system counts (Linux and macOS); on a shared machine the processor time is what counts. Prints
+Markdown tables; writes nothing that stays.
 """
 
 import argparse
@@ -31,10 +34,16 @@ RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of one unit of ru_ma
 
 
 class Measured(NamedTuple):
-    """What one run took."""
+    """What one command took."""
 
     wall_s: float
+    cpu_s: float
     peak_mib: float
+
+    def row(self, *cells: str) -> str:
+        """Return a table row that begins with these cells."""
+        shown = (*cells, f"{self.wall_s:.1f} s", f"{self.cpu_s:.1f} s", f"{self.peak_mib:.0f} MiB")
+        return f"| {' | '.join(shown)} |"
 
 
 def case_lines(n: int) -> Iterator[str]:
@@ -53,27 +62,46 @@ def case_lines(n: int) -> Iterator[str]:
         yield json.dumps(case) + "\n"
 
 
-def measure(n: int, model: Path, directory: Path, options: list[str]) -> Measured:
-    """Run ``n`` cases in a process of its own.
+def write_cases(path: Path, n: int) -> Path:
+    """Write ``n`` cases to a file."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.writelines(case_lines(n))
+    return path
+
+
+def write_changed(records: Path, target: Path) -> Path:
+    """Copy records as another model's that turns every tenth verdict into the next one."""
+    with records.open(encoding="utf-8") as source, target.open("w", encoding="utf-8") as stream:
+        for number, line in enumerate(source):
+            record = json.loads(line) | {"model_sha256": "f" * 64}
+            if number % 10 == 0:
+                turn = dict(zip(VERDICTS, (*VERDICTS[1:], VERDICTS[0]), strict=True))
+                record["verdict"] = turn[record["verdict"]]
+                for scores in ("probabilities", "logits"):
+                    record[scores] = {turn[name]: x for name, x in record[scores].items()}
+            stream.write(json.dumps(record) + "\n")
+    return target
+
+
+def measure(*words: str | Path, allowed: tuple[int, ...] = (0,)) -> Measured:
+    """Run ``so8t-eval`` in a process of its own.
 
     Raises:
-        SystemExit: the run failed; with what it said.
+        SystemExit: it ended with another exit code; with what it said.
     """
-    cases = directory / f"{n}.jsonl"
-    with cases.open("w", encoding="utf-8") as stream:
-        stream.writelines(case_lines(n))
-    command = [sys.executable, "-m", "so8t_eval.cli", "run", str(cases)]
-    command += ["--model", f"llamacpp:{model}", "--log-dir", str(directory / f"run-{n}"), *options]
-    output = directory / f"{n}.log"
+    command = [sys.executable, "-m", "so8t_eval.cli", *map(str, words)]
     started = time.perf_counter()
-    with output.open("wb") as log:
+    with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
         _, status, usage = os.wait4(process.pid, 0)
-    wall_s = time.perf_counter() - started
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{n} cases: exit code {process.returncode}\n{output.read_text()[-2000:]}")
-    return Measured(wall_s, usage.ru_maxrss * RSS_UNIT / 2**20)
+        wall_s = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode not in allowed:
+            log.seek(0)
+            said = log.read().decode("utf-8", "replace")[-2000:]
+            raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}\n{said}")
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return Measured(wall_s, cpu_s, usage.ru_maxrss * RSS_UNIT / 2**20)
 
 
 def main() -> None:
@@ -81,20 +109,60 @@ def main() -> None:
     parser.add_argument("--cases", default="100,1000,10000,100000", help="sizes, by comma")
     parser.add_argument("--option", action="append", default=[], help="for so8t-eval run")
     options = parser.parse_args()
-    print("| Cases | Time | Cases/s | Peak RSS | Growth per further case |")
-    print("| ---: | ---: | ---: | ---: | ---: |")
-    before: tuple[int, Measured] | None = None
+    sizes = [int(size) for size in options.cases.split(",")]
     with tempfile.TemporaryDirectory() as scratch:
-        model = write_tiny_gguf(Path(scratch) / "tiny.gguf", seed=1)
-        for n in map(int, options.cases.split(",")):
-            now = measure(n, model, Path(scratch), options.option)
-            growth = "" if before is None else bytes_per_case(before, (n, now))
-            print(
-                f"| {n:,} | {now.wall_s:.1f} s | {n / now.wall_s:.0f} | {now.peak_mib:.0f} MiB | "
-                f"{growth} |",
-                flush=True,
-            )
-            before = n, now
+        directory = Path(scratch)
+        print_runs(sizes, directory, options.option)
+        print_readers(sizes, directory)
+
+
+def print_runs(sizes: list[int], directory: Path, options: list[str]) -> None:
+    print(
+        "| Cases | Time | Processor | Peak RSS | Growth per further case |\n"
+        "| ---: | ---: | ---: | ---: | ---: |"
+    )
+    model = write_tiny_gguf(directory / "tiny.gguf", seed=1)
+    before: tuple[int, Measured] | None = None
+    for n in sizes:
+        cases = write_cases(directory / f"{n}.jsonl", n)
+        log_dir = directory / f"run-{n}"
+        now = measure("run", cases, "--model", f"llamacpp:{model}", "--log-dir", log_dir, *options)
+        growth = "" if before is None else bytes_per_case(before, (n, now))
+        print(f"{now.row(f'{n:,}')} {growth} |", flush=True)
+        before = n, now
+
+
+def print_readers(sizes: list[int], directory: Path) -> None:
+    print(
+        "\n| Command | Cases | Time | Processor | Peak RSS | Files |\n"
+        "| --- | ---: | ---: | ---: | ---: | --- |"
+    )
+    for n in sizes:
+        run = directory / f"run-{n}"
+        changed = write_changed(run / "records.jsonl", directory / f"changed-{n}.jsonl")
+        policy = (
+            "--policy",
+            ROOT / "benchmarks" / "policy.toml",
+            "--cases",
+            directory / f"{n}.jsonl",
+        )
+        html, md, xml, sarif = (
+            directory / f"report.{end}" for end in ("html", "md", "xml", "sarif")
+        )
+        took = measure("report", run, "-o", html)
+        print(f"{took.row('report, one run', f'{n:,}')} {sizes_of(html)} |", flush=True)
+        took = measure("report", run, changed, "-o", html, "--markdown", md)
+        print(f"{took.row('report, two runs', f'{n:,}')} {sizes_of(html, md)} |", flush=True)
+        took = measure("compare", run, changed)
+        print(f"{took.row('compare', f'{n:,}')} |", flush=True)
+        outputs = ("-o", xml, "-o", sarif)
+        took = measure("gate", changed, "--baseline", run, *policy, *outputs, allowed=(0, 1, 4))
+        print(f"{took.row('gate', f'{n:,}')} {sizes_of(xml, sarif)} |", flush=True)
+
+
+def sizes_of(*paths: Path) -> str:
+    """Return the sizes of files by the ends of their names, for the table."""
+    return ", ".join(f"{path.suffix} {path.stat().st_size / 1e6:.1f} MB" for path in paths)
 
 
 def bytes_per_case(before: tuple[int, Measured], now: tuple[int, Measured]) -> str:

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from so8t_eval.agreement import Flip
 from so8t_eval.atomic_write import atomic_write_text
-from so8t_eval.case_lines import LocatedCase, cases_by_hash
+from so8t_eval.case_lines import LocatedCase
+from so8t_eval.case_lookup import cases_by_hash
 from so8t_eval.cli.shared_options import json_file_option, json_option, seed_option
 from so8t_eval.comparison import Comparison, compare_records
 from so8t_eval.errors import UsageError

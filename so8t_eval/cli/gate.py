@@ -7,7 +7,7 @@ import click
 from rich.console import Console
 
 from so8t_eval.atomic_write import atomic_write_text
-from so8t_eval.case_lines import cases_by_hash
+from so8t_eval.case_lookup import cases_by_hash
 from so8t_eval.ci_gate import evaluate
 from so8t_eval.cli.shared_options import output_files_option, seed_option
 from so8t_eval.errors import UsageError

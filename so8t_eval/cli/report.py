@@ -110,7 +110,7 @@ def _plain(data: ReportInput, case_file: Path | None, table_cases: int) -> tuple
     notes = [texts.note] if texts.note else []
     html = render_report_html(
         data,
-        lambda r: texts.by_hash.get(r.content_hash),
+        texts.of,
         notes=notes,
         table_cases=table_cases,
     )

@@ -121,7 +121,7 @@ def test_texts_are_found_by_content(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [*known, records[3]], cases_path=str(path))
     data = read_report_input([run])
     texts = read_case_texts(data.summary, data.records[0], None)
-    assert texts.by_hash[hashes[2]].startswith("request 2")
+    assert texts.by_hash[hashes[2]].case.text.startswith("request 2")
     assert texts.note is not None
     assert "1 of 4 cases are not in" in texts.note
     assert read_case_texts(data.summary, data.records[0][:3], path).note is None
