@@ -100,6 +100,24 @@ def test_written_records_are_read_back(tmp_path):
     assert read_records(write(tmp_path / "run" / "records.jsonl")) == (RECORDS, False)
 
 
+def test_records_in_memory_share_what_is_the_same_in_all(tmp_path):
+    path = tmp_path / "records.jsonl"
+    records = [
+        make_record("allow", "allow", number=1, probabilities=make_scores("allow")),
+        make_record("allow", "allow", number=2, probabilities=make_scores("allow")),
+    ]
+    with RecordWriter(path) as writer:
+        for record in records:
+            writer.append(record)
+    first, second = read_records(path).records
+    assert [first, second] == records
+    assert first.model_fields_set == set(Record.model_fields)
+    assert first.model_fields_set is second.model_fields_set
+    assert first.model_sha256 is second.model_sha256
+    changed = first.model_copy(update={"id": "other"})
+    assert (first.id, changed.id) == (records[0].id, "other")
+
+
 def test_each_record_is_on_disk_before_the_next(tmp_path):
     path = tmp_path / "records.jsonl"
     with RecordWriter(path) as writer:
