@@ -14,7 +14,7 @@ from support.run_files import write_run
 
 from so8t_eval.cases import load_cases
 from so8t_eval.html_report import render_report_html
-from so8t_eval.report_input import ReportInput, read_case_texts, read_report_input
+from so8t_eval.report_input import CaseTexts, ReportInput, read_case_texts, read_report_input
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportInput, dict[str, str]]:
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportInput, CaseTexts]:
     directory = tmp_path_factory.mktemp("run")
     cases = [case_dict(i, lang="ja" if i % 4 == 0 else "en") for i in range(N_CASES)]
     cases[0]["prompt"] = HOSTILE
@@ -47,13 +47,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReportInput, dict[st
         )
     run = write_run(directory / "run", *models, cases_path=str(path))
     data = read_report_input([run])
-    return data, dict(read_case_texts(data.summary, data.records[0], None).by_hash)
+    return data, read_case_texts(data.summary, data.records[0], None)
 
 
 @pytest.fixture
-def html(data: tuple[ReportInput, dict[str, str]]) -> str:
+def html(data: tuple[ReportInput, CaseTexts]) -> str:
     report, texts = data
-    return render_report_html(report, lambda record: texts[record.content_hash])
+    return render_report_html(report, texts.of)
 
 
 def browse(html: str, directory: Path, *options: str) -> tuple[Element, str]:
