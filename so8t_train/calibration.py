@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -25,19 +25,30 @@ from so8t_train.safety_model import SafetyModel
 
 DEFAULT_FILE: Final = Path(__file__).parent / "data" / "dev.jsonl"
 DEFAULT_CASES: Final = 60
+DEFAULT_IMPORTANCE_FILE: Final = DEFAULT_FILE.with_name("train.jsonl")
+"""Other cases than those compared on: on its own cases a matrix looks better than it is."""
+DEFAULT_IMPORTANCE_CASES: Final = 120
 _MAX_PROMPT_TOKENS: Final = 1024
 _TOKENS_PER_FORWARD: Final = 1024
 _SAMPLE_SEED: Final = 0
 
 
 class CalibrationSet(NamedTuple):
-    """Cases sampled from a file, with their prompts as packed sequences, in the same order."""
+    """Cases sampled from a file, with their prompts as packed sequences, in the same order.
+
+    ``left_out`` cases of the file were too long, or not to be used.
+    """
 
     file: Path
     sha256: str
     left_out: int
     cases: list[Case]
     prompts: list[PackedSequence]
+
+    @property
+    def whole_prompts(self) -> list[PackedSequence]:
+        """Prompts that share no head: every one is computed from its first token on."""
+        return [p._replace(head=(), own=(*p.head, *p.own)) for p in self.prompts]
 
     @property
     def ids(self) -> list[list[int]]:
@@ -66,8 +77,18 @@ class Difference(NamedTuple):
     """Flips from refuse to allow."""
 
 
-def load_calibration(file: Path, n: int, tokenizer: HfTokenizer) -> CalibrationSet:
+def load_calibration(
+    file: Path,
+    n: int,
+    tokenizer: HfTokenizer,
+    *,
+    option: str = "--calibration",
+    without: Collection[str] = (),
+) -> CalibrationSet:
     """``n`` cases of ``file`` with the verdicts in proportion; over-long prompts are left out.
+
+    So are cases whose content hash is in ``without``. ``option`` is what messages call the option
+    that named the file.
 
     Raises:
         CaseFileError, UsageError: the file is broken, or no prompt is short enough.
@@ -75,14 +96,16 @@ def load_calibration(file: Path, n: int, tokenizer: HfTokenizer) -> CalibrationS
     usable: list[tuple[Case, PackedSequence]] = []
     cases = load_cases(file)
     for case in cases:
+        if without and case.content_hash in without:
+            continue
         ids = tokenizer.protocol.prompt_ids(case.conversation, case.policy, tokenizer.tokenize)
         own = (*ids.body, *ids.tail)
         if len(ids.head) + len(own) <= _MAX_PROMPT_TOKENS:
             usable.append((case, PackedSequence(ids.head, own, len(own) - 1, (0,))))
     if not usable:
         raise UsageError(
-            f"--calibration {file}: expected cases of at most {_MAX_PROMPT_TOKENS} tokens, found "
-            "none; give other cases"
+            f"{option} {file}: expected cases of at most {_MAX_PROMPT_TOKENS} tokens"
+            f"{' that are not compared on' if without else ''}, found none; give other cases"
         )
     prompts = {case.id: prompt for case, prompt in usable}
     chosen = stratified_sample([case for case, _ in usable], n, _SAMPLE_SEED)

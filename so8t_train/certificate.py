@@ -123,6 +123,8 @@ class FileEntry(_Entry):
     """SHA-256 of a split file's other parts by name."""
     kept: bool
     """False for a float file that only served as the quantizer's input."""
+    importance_matrix: bool = False
+    """Whether the quantizer was given one, see ``Certificate.importance``."""
     difference: DifferenceEntry | None
     """None where no model was run."""
 
@@ -134,6 +136,17 @@ class CalibrationEntry(_Entry):
     sha256: str
     n: int
     left_out: int
+
+
+class ImportanceEntry(CalibrationEntry):
+    """The cases an importance matrix was collected on; none of them is compared on.
+
+    ``left_out`` are too long or compared on. ``verdict_share`` is the weight of the verdict
+    positions beside the mean over all ``tokens``.
+    """
+
+    tokens: int
+    verdict_share: float
 
 
 class RunEntry(_Entry):
@@ -160,6 +173,8 @@ class Certificate(_Entry):
     merge_base: MergeBase
     runtime: str
     calibration: CalibrationEntry | None
+    importance: ImportanceEntry | None = None
+    """None where no file was quantized with an importance matrix."""
     layers: list[LayerEntry]
     merge_bases: dict[str, MergeBaseEntry]
     files: list[FileEntry]

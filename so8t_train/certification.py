@@ -29,6 +29,7 @@ from so8t_train.certificate import (
     CertificateLevel,
     Check,
     FileEntry,
+    ImportanceEntry,
     LayerEntry,
     MergeBaseEntry,
     RunEntry,
@@ -42,6 +43,7 @@ from so8t_train.certificate import (
 )
 from so8t_train.config import MergeBase
 from so8t_train.gate_installation import attention_outputs
+from so8t_train.importance import VERDICT_SHARE, ImportanceMatrix, collect_importance
 from so8t_train.lazy_weights import LazyWeights
 from so8t_train.merged_model import OpenRun, base_weights, merged_weights
 from so8t_train.quantized_layers import use_training_kernels
@@ -61,7 +63,10 @@ class WeightEvidence(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """One merge base: its merged weights' outputs, and what was measured against the live model."""
+    """One merge base: its merged weights' outputs, and what was measured against the live model.
+
+    ``importance`` is None where none was collected.
+    """
 
     live: Outputs
     merged: Outputs
@@ -69,18 +74,21 @@ class Variant(NamedTuple):
     fold_logits: float
     layer_outputs: dict[str, float]
     weight_distances: dict[str, float]
+    importance: ImportanceMatrix | None = None
 
 
 class ExportedFile(NamedTuple):
     """A written file, its format's label, and what its runtime says on the calibration cases.
 
-    ``parts`` are in order. ``outputs`` is None where nothing was run.
+    ``parts`` are in order. ``outputs`` is None where nothing was run. ``importance`` says whether
+    the quantizer was given an importance matrix.
     """
 
     parts: list[Path]
     label: str
     kept: bool
     outputs: Outputs | None
+    importance: bool = False
 
 
 def weight_evidence(
@@ -117,8 +125,12 @@ def measure_variant(
     weights: LazyWeights,
     merge_base: MergeBase,
     calibration: CalibrationSet,
+    importance_cases: CalibrationSet | None = None,
 ) -> Variant:
-    """Run live and merged model on the calibration cases; one is in memory at a time."""
+    """Run live and merged model on the calibration cases; one is in memory at a time.
+
+    The merged model is also run on ``importance_cases``, for the importance of its channels.
+    """
     with torch.random.fork_rng():  # building the adapter draws from the global generator
         live = load_run(run.directory, merge_base=merge_base, device_map="cpu").model
     use_training_kernels(live)
@@ -128,6 +140,10 @@ def measure_variant(
     del live
     gc.collect()  # PEFT's modules refer to one another
     said_merged = merged_outputs(plain, calibration.prompts, run.base.vocab_size)
+    importance = None
+    if importance_cases is not None:
+        prompts = importance_cases.whole_prompts
+        importance = collect_importance(plain, prompts, run.base.architecture)
     return Variant(
         said_live,
         said_merged,
@@ -135,6 +151,7 @@ def measure_variant(
         relative_logit_difference(said_live, said_merged),
         layer_outputs,
         weight_distances(run, merge_base),
+        importance,
     )
 
 
@@ -177,13 +194,17 @@ def measure_variants(
     merge_base: MergeBase,
     calibration: CalibrationSet,
     report: Callable[[str], None],
+    *,
+    importance_cases: CalibrationSet | None = None,
 ) -> dict[MergeBase, Variant]:
     """Every variant that the certificate compares; ``merged`` are the chosen one's weights."""
     variants: dict[MergeBase, Variant] = {}
     for kind in variants_to_measure(run, merge_base):
-        report(f"comparing the live model with the merged one ({kind} base)")
         weights = merged if kind == merge_base else merged_weights(run, kind)
-        variants[kind] = measure_variant(run, weights, kind, calibration)
+        cases = importance_cases if kind == merge_base else None
+        too = f", importance matrix from {len(cases.cases)} cases" if cases is not None else ""
+        report(f"comparing the live model with the merged one ({kind} base){too}")
+        variants[kind] = measure_variant(run, weights, kind, calibration, cases)
     return variants
 
 
@@ -197,6 +218,7 @@ def certify(
     files: list[ExportedFile],
     calibration: CalibrationSet | None,
     tolerances: Tolerances,
+    importance_cases: CalibrationSet | None = None,
 ) -> Certificate:
     """Put the evidence gathered so far together and judge it; ``calibration`` is for ``full``."""
     ids = _ids(calibration) if calibration else []
@@ -218,6 +240,7 @@ def certify(
         merge_base=merge_base,
         runtime=f"{runtime_version()}; {RUNTIME_MODE}",
         calibration=_calibration_entry(calibration) if calibration else None,
+        importance=_importance_entry(importance_cases, variants.get(merge_base)),
         layers=[
             layer.model_copy(
                 update={
@@ -276,6 +299,21 @@ def _calibration_entry(calibration: CalibrationSet) -> CalibrationEntry:
     )
 
 
+def _importance_entry(
+    cases: CalibrationSet | None, variant: Variant | None
+) -> ImportanceEntry | None:
+    if cases is None or variant is None or variant.importance is None:
+        return None
+    return ImportanceEntry(
+        file=cases.file.name,
+        sha256=cases.sha256,
+        n=len(cases.cases),
+        left_out=cases.left_out,
+        tokens=variant.importance.tokens,
+        verdict_share=VERDICT_SHARE,
+    )
+
+
 def _file_entry(file: ExportedFile, found: Difference | None) -> FileEntry:
     first, *further = file.parts
     return FileEntry(
@@ -285,6 +323,7 @@ def _file_entry(file: ExportedFile, found: Difference | None) -> FileEntry:
         sha256=file_sha256(first),
         further_parts={part.name: file_sha256(part) for part in further},
         kept=file.kept,
+        importance_matrix=file.importance,
         difference=difference_entry(found) if found else None,
     )
 

@@ -16,6 +16,8 @@ from so8t_eval.errors import UsageError
 from so8t_train.calibration import (
     DEFAULT_CASES,
     DEFAULT_FILE,
+    DEFAULT_IMPORTANCE_CASES,
+    DEFAULT_IMPORTANCE_FILE,
     CalibrationSet,
     Outputs,
     backend_outputs,
@@ -56,11 +58,14 @@ from so8t_train.gguf_export import (
 )
 from so8t_train.gguf_split import parse_size, split_gguf
 from so8t_train.hf_export import WEIGHTS, write_hf_directory
+from so8t_train.importance import ImportanceMatrix
 from so8t_train.lazy_weights import LazyWeights
 from so8t_train.merged_model import OpenRun, merged_weights, open_run
 from so8t_train.quantization import (
     FLOAT_FORMATS,
+    FORMATS,
     QuantFormat,
+    check_takes_importance,
     parse_quants,
     quantize_gguf,
 )
@@ -82,6 +87,11 @@ class ExportOptions(NamedTuple):
     """``full`` holds the live model in memory, the others one block of rows at a time."""
     split_max_size: str | None = None
     """Such as ``2G``: larger GGUF files are split into parts."""
+    imatrix: bool = False
+    """Quantize below Q8_0 with an importance matrix."""
+    imatrix_file: Path | None = None
+    """Cases to collect it on. None: the shipped training cases."""
+    imatrix_cases: int = DEFAULT_IMPORTANCE_CASES
 
 
 _DEFAULTS: Final = ExportOptions()
@@ -104,6 +114,7 @@ class _Job(NamedTuple):
     quants: list[QuantFormat]
     level: CertificateLevel
     calibration: CalibrationSet | None
+    importance_cases: CalibrationSet | None
     weights: WeightEvidence
     tolerances: Tolerances
     threads: int
@@ -140,10 +151,21 @@ def export(
     _require(job, {}, [], directory)  # a fault in the weights needs no forward pass to show
     variants: dict[MergeBase, Variant] = {}
     if job.calibration is not None:
-        variants = measure_variants(job.run, job.merged, job.merge_base, job.calibration, report)
+        variants = measure_variants(
+            job.run,
+            job.merged,
+            job.merge_base,
+            job.calibration,
+            report,
+            importance_cases=job.importance_cases,
+        )
         _require(job, variants, [], directory)
     with staged(directory) as stage:
-        files = (_write_hf if options.format == "hf" else _write_ggufs)(job, stage)
+        if options.format == "hf":
+            files = _write_hf(job, stage)
+        else:
+            importance = variants[job.merge_base].importance if variants else None
+            files = _write_ggufs(job, stage, importance)
         certificate = _require(job, variants, files, directory)
         for file in files:
             if not file.kept:
@@ -204,6 +226,7 @@ def _prepare(
     report: Callable[[str], None],
     progress: Progress,
 ) -> _Job:
+    with_importance = _wants_importance(options, quants)
     threads = options.threads or default_threads()
     if options.threads is not None:
         torch.set_num_threads(threads)
@@ -219,6 +242,15 @@ def _prepare(
         calibration = load_calibration(
             options.calibration or DEFAULT_FILE, options.calibration_cases, run.tokenizer
         )
+    importance_cases = None
+    if calibration is not None and with_importance:
+        importance_cases = load_calibration(
+            options.imatrix_file or DEFAULT_IMPORTANCE_FILE,
+            options.imatrix_cases,
+            run.tokenizer,
+            option="--imatrix-file",
+            without={case.content_hash for case in calibration.cases},
+        )
     tolerances = Tolerances()
     merged = merged_weights(run, merge_base)
     evidence = WeightEvidence([], [])
@@ -232,6 +264,7 @@ def _prepare(
         quants=quants,
         level=options.certificate,
         calibration=calibration,
+        importance_cases=importance_cases,
         weights=evidence,
         tolerances=tolerances,
         threads=threads,
@@ -241,7 +274,34 @@ def _prepare(
     )
 
 
-def _write_ggufs(job: _Job, stage: Path) -> list[ExportedFile]:
+def _wants_importance(options: ExportOptions, quants: list[QuantFormat]) -> bool:
+    """Whether to collect an importance matrix.
+
+    Raises:
+        UsageError: one is asked for that cannot be collected, or that no format uses.
+        ExportError: the installed llama-cpp-python takes none.
+    """
+    used = [quant.name for quant in quants if quant.uses_importance]
+    if not options.imatrix:
+        if options.imatrix_file is not None:
+            raise UsageError("--imatrix-file: expected with --imatrix only; add it")
+        return False
+    if options.certificate != "full":
+        raise UsageError(
+            f"--imatrix: expected with --certificate full, which runs the merged model, found "
+            f"{options.certificate}; leave one of them out"
+        )
+    if not used:
+        takers = ", ".join(quant.name for quant in FORMATS.values() if quant.uses_importance)
+        raise UsageError(
+            f"--imatrix: expected a format that uses one ({takers}), found "
+            f"{', '.join(quant.name for quant in quants)}; change --quant, or leave it out"
+        )
+    check_takes_importance()
+    return True
+
+
+def _write_ggufs(job: _Job, stage: Path, importance: ImportanceMatrix | None) -> list[ExportedFile]:
     """Write, run and split every format; what only served others is deleted at the end."""
     files: list[ExportedFile] = []
     whole: list[Path] = []
@@ -253,17 +313,18 @@ def _write_ggufs(job: _Job, stage: Path) -> list[ExportedFile]:
         quants = [wide, *(quant for quant in quants if quant != wide)]
     for quant in quants:
         path = stage / f"model-{quant.label}.gguf"
+        matrix = importance if quant.uses_importance else None
         if path != source:
             job.report(f"writing {path.name}")
             if quant.name in FLOAT_FORMATS:
                 write_float_gguf(path, job.run, job.merged, quant, job.progress)
             elif source is not None:
-                quantize_gguf(source, path, quant, job.threads, job.progress)
+                quantize_gguf(source, path, quant, job.threads, job.progress, importance=matrix)
         kept = quant in job.quants
         outputs = _outputs(job, path.name, partial(_llama, job, path))
         parts = split_gguf(path, job.split_bytes) if kept and job.split_bytes else [path]
         if kept or outputs is not None:
-            files.append(ExportedFile(parts, quant.label, kept, outputs))
+            files.append(ExportedFile(parts, quant.label, kept, outputs, matrix is not None))
         if path not in parts or not (kept or outputs is not None):
             whole.append(path)
     for path in whole:
@@ -314,6 +375,7 @@ def _require(
         files=files,
         calibration=job.calibration,
         tolerances=job.tolerances,
+        importance_cases=job.importance_cases,
     )
     if certificate.passed is False:
         report = directory / FAILED_CERTIFICATE

@@ -7,14 +7,16 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import llama_cpp.llama_cpp as c_api
 
 from so8t_eval.backends.llamacpp_context import mute_logs
 from so8t_eval.errors import DiskError, ExportError, UsageError
 from so8t_train.gguf_export import Progress, disk_error, sync_file
+from so8t_train.importance import ImportanceMatrix
 
 _GGML_TYPE_Q8_0: Final = 8
 _LEAST_FREE_BYTES: Final = 1 << 20
@@ -37,7 +39,13 @@ class QuantFormat(NamedTuple):
     file_type: int
     rows_at_q8: bool = False
 
+    @property
+    def uses_importance(self) -> bool:
+        """Whether llama.cpp weighs its rounding errors where it is given an importance matrix."""
+        return self.name not in (*FLOAT_FORMATS, "q8_0")
 
+
+FLOAT_FORMATS: Final = ("f32", "f16", "bf16")
 FORMATS: Final = {
     item.name: item
     for item in (
@@ -53,7 +61,6 @@ FORMATS: Final = {
         QuantFormat("q3_k_m", "Q3_K_M", 12, rows_at_q8=True),
     )
 }
-FLOAT_FORMATS: Final = ("f32", "f16", "bf16")
 
 
 def parse_quants(text: str) -> list[QuantFormat]:
@@ -77,10 +84,13 @@ def quantize_gguf(
     quant: QuantFormat,
     threads: int,
     progress: Progress = lambda _share: None,
+    *,
+    importance: ImportanceMatrix | None = None,
 ) -> None:
     """Write ``source`` (F16, BF16 or F32) to ``target`` in another format; metadata are kept.
 
-    ``progress`` is told the share of tensors that is done.
+    ``progress`` is told the share of tensors that is done. ``importance`` weighs the rounding errors
+    of the tensors it names; llama.cpp uses it below Q8_0.
 
     Raises:
         DiskError: no room for the file; what was written is removed.
@@ -93,6 +103,9 @@ def quantize_gguf(
         parameters.max_buf_size = _BUFFER_BYTES
     if quant.rows_at_q8:
         parameters.token_embedding_type = parameters.output_tensor_type = _GGML_TYPE_Q8_0
+    entries = importance_entries(importance) if importance is not None else None
+    if entries is not None:
+        parameters.imatrix = ctypes.cast(entries, type(parameters.imatrix))
     with _collected_log(progress) as log:
         code = c_api.llama_model_quantize(
             os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)
@@ -109,6 +122,37 @@ def quantize_gguf(
     if "iostream error" in reason or shutil.disk_usage(target.parent).free < _LEAST_FREE_BYTES:
         raise DiskError(str(disk_error(target, OSError(errno.ENOSPC, "no room to write the file"))))
     raise ExportError(f"llama.cpp cannot quantize {source.name} to {quant.label}: {reason}")
+
+
+def importance_entries(importance: ImportanceMatrix) -> Any:
+    """A C array of ``llama_model_imatrix_data`` that ends with an entry without a name.
+
+    It points to the matrix's own numbers, which must outlive it.
+
+    Raises:
+        ExportError: the installed llama-cpp-python cannot be given one.
+    """
+    check_takes_importance()
+    array = (c_api.llama_model_imatrix_data * (len(importance.values) + 1))()
+    pointer = ctypes.POINTER(ctypes.c_float)
+    for place, (name, values) in zip(array, importance.values.items(), strict=False):
+        place.name = name.encode()
+        place.data, place.size = values.ctypes.data_as(pointer), values.size
+    return array
+
+
+def check_takes_importance() -> None:
+    """Refuse a llama-cpp-python whose quantizer takes no importance matrix from Python.
+
+    Raises:
+        ExportError: with what to do.
+    """
+    if not hasattr(c_api, "llama_model_imatrix_data"):
+        raise ExportError(
+            f"llama-cpp-python {version('llama-cpp-python')}: expected llama_model_imatrix_data, by "
+            "which it is given importance matrices, found none; pip install -U llama-cpp-python, or "
+            "export with --no-imatrix"
+        )
 
 
 @contextmanager

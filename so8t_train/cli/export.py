@@ -59,6 +59,26 @@ import click
     metavar="SIZE",
     help="Split larger GGUF files into parts of at most 500M, 2G, …; llama.cpp opens the first.",
 )
+@click.option(
+    "--imatrix/--no-imatrix",
+    default=False,
+    show_default=True,
+    help="Weigh rounding errors below Q8_0 by an importance matrix, half of it from the verdict "
+    "positions. Needs --certificate full.",
+)
+@click.option(
+    "--imatrix-file",
+    type=click.Path(path_type=Path),
+    help="JSONL case file to collect it on; cases compared on are left out.  "
+    "[default: the shipped training cases]",
+)
+@click.option(
+    "--imatrix-cases",
+    type=click.IntRange(min=1),
+    default=120,
+    show_default=True,
+    help="Number of cases to take of it, verdicts in proportion.",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 def export(
     *,
@@ -71,6 +91,9 @@ def export(
     calibration_cases: int,
     certificate: Literal["full", "weights", "none"],
     split_max_size: str | None,
+    imatrix: bool,
+    imatrix_file: Path | None,
+    imatrix_cases: int,
     threads: int | None,
 ) -> None:
     """Fold a run into one GGUF per quantization.
@@ -93,6 +116,9 @@ def export(
         threads,
         certificate,
         split_max_size,
+        imatrix,
+        imatrix_file,
+        imatrix_cases,
     )
     with ExportProgress() as shown:
         result = run_export(run, output_dir, options, shown.news, shown.share)
