@@ -110,7 +110,7 @@ def fit(setting: Setting) -> dict[str, Any]:
     from so8t_train.config import load_config
     from so8t_train.fit import MEMORY_LOG, TRAIN_LOG, FitReporter
     from so8t_train.fit import fit as run_fit
-    from so8t_train.memory_phases import resident_peak
+    from so8t_train.phase_peaks import resident_peak
 
     reporter = FitReporter(lambda news: print(news, flush=True), lambda _report, _memory: None)
     run_fit(load_config(configuration(setting)), resume="auto", reporter=reporter)

@@ -62,7 +62,7 @@ def test_the_model_hash_is_that_of_all_parts_in_order(parts: list[Path]) -> None
     assert found() != before
 
 
-def test_run_names_the_hash_and_goes_on_where_another_run_of_the_same_parts_ended(
+def test_run_names_the_hash_and_resumes_with_the_same_parts_alone(
     parts: list[Path], tmp_path: Path
 ) -> None:
     cases = write_cases(tmp_path / "cases.jsonl", [case_dict(i) for i in range(6)])
@@ -88,10 +88,10 @@ def test_run_names_the_hash_and_goes_on_where_another_run_of_the_same_parts_ende
     content = bytearray(parts[-1].read_bytes())
     content[-40] ^= 1
     parts[-1].write_bytes(content)
-    assert invoke("run", *arguments, "--resume").exit_code == 0
-    records = read_records(tmp_path / "log" / "records.jsonl").records
-    assert len(records) == 6
-    assert digest not in {record.model_sha256 for record in records}  # all judged anew
+    result = invoke("run", *arguments, "--resume")
+    assert result.exit_code == 2
+    assert "6 records of other models" in result.stderr
+    assert (tmp_path / "log" / "records.jsonl").read_bytes() == before
 
 
 def test_judge_opens_the_first_part(parts: list[Path]) -> None:

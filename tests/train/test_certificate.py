@@ -180,7 +180,7 @@ def test_a_broken_quantization_is_named(
     foreign = open_run(other)
     weights = merged_weights(foreign, "original")
 
-    def confused(_source: Path, target: Path, *_: Any) -> None:
+    def confused(_source: Path, target: Path, *_: Any, **_options: Any) -> None:
         write_gguf(target, foreign, weights, "f16", facts_of(foreign))
 
     monkeypatch.setattr(export_module, "quantize_gguf", confused)
