@@ -18,7 +18,7 @@ from so8t_eval.errors import DiskError, ExportError, UsageError
 from so8t_train.gguf_export import Progress, disk_error, sync_file
 from so8t_train.importance import ImportanceMatrix
 
-_GGML_TYPE_Q8_0: Final = 8
+_Q8_0: Final = 8
 _LEAST_FREE_BYTES: Final = 1 << 20
 _BUFFER_BYTES: Final = 1 << 26
 _STEP: Final = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
@@ -27,17 +27,18 @@ _STEP: Final = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
 class QuantFormat(NamedTuple):
     """A quantization: its name on the command line and in file names, and llama.cpp's number.
 
-    ``rows_at_q8`` keeps embedding and output matrices at Q8_0, where llama.cpp alone would choose
-    six bits: the three verdict rows lie there, and with tied embeddings nowhere else. Measured on
-    the reference model as Q4_K_M (mean verdict-probability difference on 60 dev cases): F16 0.057,
-    Q8_0 0.059, Q5_0 0.054, Q4_0 0.057. So these rows hardly matter beside the other layers' four
-    bits; Q8_0 costs a seventh more size than Q4_0 and leaves the verdict as written.
+    ``rows_type`` is ggml's number of the type of embedding and output matrices, None: llama.cpp's
+    choice, which is six bits, or Q8_0 where rows are no multiple of 256. Here it is Q8_0: the three
+    verdict rows lie there, and with tied embeddings nowhere else. Measured on the reference model as
+    Q4_K_M (mean verdict-probability difference on 60 dev cases): F16 0.057, Q8_0 0.059, Q5_0 0.054,
+    Q4_0 0.057. So these rows hardly matter beside the other layers' four bits; Q8_0 costs a seventh
+    more size than Q4_0 and leaves the verdict as written.
     """
 
     name: str
     label: str
     file_type: int
-    rows_at_q8: bool = False
+    rows_type: int | None = None
 
     @property
     def uses_importance(self) -> bool:
@@ -53,12 +54,12 @@ FORMATS: Final = {
         QuantFormat("f16", "F16", 1),
         QuantFormat("bf16", "BF16", 32),
         QuantFormat("q8_0", "Q8_0", 7),
-        QuantFormat("q6_k", "Q6_K", 18, rows_at_q8=True),
-        QuantFormat("q5_k_m", "Q5_K_M", 17, rows_at_q8=True),
-        QuantFormat("q4_k_m", "Q4_K_M", 15, rows_at_q8=True),
-        QuantFormat("q4_0", "Q4_0", 2, rows_at_q8=True),
-        QuantFormat("iq4_xs", "IQ4_XS", 30, rows_at_q8=True),
-        QuantFormat("q3_k_m", "Q3_K_M", 12, rows_at_q8=True),
+        QuantFormat("q6_k", "Q6_K", 18, rows_type=_Q8_0),
+        QuantFormat("q5_k_m", "Q5_K_M", 17, rows_type=_Q8_0),
+        QuantFormat("q4_k_m", "Q4_K_M", 15, rows_type=_Q8_0),
+        QuantFormat("q4_0", "Q4_0", 2, rows_type=_Q8_0),
+        QuantFormat("iq4_xs", "IQ4_XS", 30, rows_type=_Q8_0),
+        QuantFormat("q3_k_m", "Q3_K_M", 12, rows_type=_Q8_0),
     )
 }
 
@@ -101,8 +102,8 @@ def quantize_gguf(
     parameters.ftype = quant.file_type
     if hasattr(parameters, "max_buf_size"):  # older versions map the file and hold whole tensors
         parameters.max_buf_size = _BUFFER_BYTES
-    if quant.rows_at_q8:
-        parameters.token_embedding_type = parameters.output_tensor_type = _GGML_TYPE_Q8_0
+    if quant.rows_type is not None:
+        parameters.token_embedding_type = parameters.output_tensor_type = quant.rows_type
     entries = importance_entries(importance) if importance is not None else None
     if entries is not None:
         parameters.imatrix = ctypes.cast(entries, type(parameters.imatrix))
