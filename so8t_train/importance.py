@@ -16,7 +16,7 @@ from so8t_train.packed_attention import UNUSED_MASK, use_packed_attention
 from so8t_train.packing import PackedSequence, pack
 
 VERDICT_SHARE: Final = 0.5
-"""Weight of the verdict positions beside all tokens; llama-imatrix has none (0)."""
+"""Weight of the verdict positions beside all tokens; llama-imatrix has none (0). See docs/export.md."""
 _LEAST_SHARE: Final = 1e-6
 """Least importance of a channel over its layer's mean: llama.cpp finds no scale for zeros alone."""
 

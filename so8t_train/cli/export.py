@@ -64,7 +64,7 @@ import click
     default=False,
     show_default=True,
     help="Weigh rounding errors below Q8_0 by an importance matrix, half of it from the verdict "
-    "positions. Needs --certificate full.",
+    "positions. Not shown to help (docs/export.md). Needs --certificate full.",
 )
 @click.option(
     "--imatrix-file",
