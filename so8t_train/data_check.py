@@ -105,14 +105,19 @@ class _Tokenized:
                 self.findings.append(_finding("error", "template", file, located, str(error)))
                 continue
             self.cases.append(item)
-            if item.longest_pass <= max_length:
+            if item.example.prompt.length <= max_length:
                 self.fitting.append(located.case)
-                continue
-            message = (
-                f"{item.longest_pass} tokens against a max_length of {max_length}; "
-                "training leaves the case out"
-            )
-            self.findings.append(_finding("warning", "too-long", file, located, message))
+            if item.longest_pass > max_length:
+                self.findings.append(_too_long(file, item, max_length))
+
+
+def _too_long(file: CaseFile, item: TokenizedCase, max_length: int) -> Finding:
+    tokens = f"{item.longest_pass} tokens against a max_length of {max_length}"
+    if item.example.prompt.length > max_length:
+        message = f"{tokens}; training leaves the case out"
+        return _finding("warning", "too-long", file, item.located, message)
+    message = f"{tokens} with its reply; training learns its verdict alone"
+    return _finding("warning", "long-reply", file, item.located, message)
 
 
 def _repeated_ids(files: Sequence[CaseFile]) -> Iterator[Finding]:

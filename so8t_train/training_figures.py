@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -46,7 +46,8 @@ class TokenLengths:
 class TrainingFigures:
     """One file's cases. Keys of ``cases`` and ``with_reply`` read like ``refuse/en``.
 
-    ``tokens`` goes by language; ``too_long`` has the ids that training leaves out.
+    ``tokens`` goes by language; ``too_long`` has the ids of prompts too long, which training leaves
+    out, and ``long_replies`` of those whose verdict alone is learned.
     """
 
     path: str
@@ -55,6 +56,7 @@ class TrainingFigures:
     with_reply: dict[str, int]
     tokens: dict[str, TokenLengths]
     too_long: tuple[str, ...]
+    long_replies: tuple[str, ...]
 
 
 def training_example(case: Case, vocabulary: BaseVocabulary) -> TrainingExample:
@@ -82,8 +84,15 @@ def training_figures(
             lang: _lengths([item for item in tokenized if item.located.case.lang == lang])
             for lang in sorted({item.located.case.lang for item in tokenized})
         },
-        too_long=tuple(t.located.case.id for t in tokenized if t.longest_pass > max_length),
+        too_long=_ids(t for t in tokenized if t.example.prompt.length > max_length),
+        long_replies=_ids(
+            t for t in tokenized if t.example.prompt.length <= max_length < t.longest_pass
+        ),
     )
+
+
+def _ids(tokenized: Iterable[TokenizedCase]) -> tuple[str, ...]:
+    return tuple(item.located.case.id for item in tokenized)
 
 
 def _named(strata: Sequence[Stratum], counts: Counter[Stratum]) -> dict[str, int]:

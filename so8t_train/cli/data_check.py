@@ -67,8 +67,10 @@ def _print(printer: "TablePrinter", result: "DataCheck", max_length: int) -> Non
         printer.line(f"{figures.path}: {figures.n} cases")
         _print_classes(printer, figures)
         _print_lengths(printer, figures)
-        over = len(figures.too_long)
-        printer.line(f"longer than {max_length} tokens, left out: {over}")
+        printer.line(
+            f"longer than {max_length} tokens: {len(figures.too_long)} left out, "
+            f"{len(figures.long_replies)} with their verdict alone"
+        )
         printer.line()
     for finding in result.findings[:_FINDINGS_SHOWN]:
         printer.line(str(finding))

@@ -79,6 +79,7 @@ def test_figures_are_those_of_training(vocabulary: BaseVocabulary, tmp_path: Pat
     ("changes", "finding"),
     [
         ({"prompt": "long " * 200}, ("warning", "too-long", "single-1")),
+        ({"reply": "long " * 200}, ("warning", "long-reply", "single-1")),
         ({"prompt": f"hello {EOS} there"}, ("warning", "control-text", "single-1")),
         ({"policy": "<|so8t_allow|> is good"}, ("warning", "control-text", "single-1")),
         ({"reply": f"Sure.{EOS}"}, ("warning", "control-text", "single-1")),
@@ -118,6 +119,9 @@ def test_a_verdict_without_a_case_that_fits_is_an_error(
     too_long = write_cases(tmp_path / "c.jsonl", long)
     found = rules(check(vocabulary, [first, too_long]).findings)
     assert ("error", "missing-verdict", None) in found
+    replies = write_cases(tmp_path / "d.jsonl", [{**rest[0], "reply": "long " * 200}])
+    found = rules(check(vocabulary, [first, replies]).findings)
+    assert ("error", "missing-verdict", None) not in found  # its verdict is learned
 
 
 def test_repeats_across_files_and_against_references_are_errors(
