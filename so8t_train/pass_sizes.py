@@ -1,16 +1,13 @@
 """How large the forward passes of a fit will be: tokens and supervised positions of each."""
 
-import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from so8t_train.config import FitConfig
-from so8t_train.packing import JOINED_TOKENS, PackedSequence, joined_micro_batches
+from so8t_train.step_passes import PassKind, StepPass, step_passes
 from so8t_train.training_data import TrainingExample, step_order
 from so8t_train.training_plan import total_steps
-
-PassKind = Literal["verdict", "reply"]
 
 
 class PassSize(NamedTuple):
@@ -36,32 +33,17 @@ def fit_passes(examples: Sequence[TrainingExample], config: FitConfig) -> list[P
         if index == 0:
             order = step_order(len(examples), config.cases_per_step, epoch, config.seed)
         batch = [examples[i] for i in order[index]]
-        sizes += _sizes("verdict", step, [e.prompt for e in batch], config)
-        replies = [e.reply for e in batch if e.reply and learns_reply(e, config, epoch)]
-        sizes += _sizes("reply", step, replies, config)
+        sizes += [_size(one, step) for one in step_passes(batch, config, epoch)]
     return sizes
 
 
-def learns_reply(example: TrainingExample, config: FitConfig, epoch: int) -> bool:
-    """Whether the trainer draws the reply of this example in this epoch."""
-    if example.reply is None or not config.task_loss_weight:
-        return False
-    drawn = hashlib.sha256(f"{config.seed}/{epoch}/{example.id}".encode()).digest()
-    return int.from_bytes(drawn[:8], "big") < config.task_loss_share * 2**64
-
-
-def _sizes(
-    kind: PassKind, step: int, sequences: Sequence[PackedSequence], config: FitConfig
-) -> Iterator[PassSize]:
-    most = min(JOINED_TOKENS, config.micro_batch_size * config.max_length)
-    for group in joined_micro_batches(sequences, config.micro_batch_size, most):
-        packed = [sequences[i] for i in group]
-        heads = {item.head for item in packed}
-        yield PassSize(
-            kind,
-            step,
-            tokens=sum(map(len, heads)) + sum(len(item.own) for item in packed),
-            supervised=sum(len(item.targets) for item in packed),
-            longest=max(item.length for item in packed),
-            cases=len(packed),
-        )
+def _size(one: StepPass, step: int) -> PassSize:
+    heads = {item.head for item in one.sequences}
+    return PassSize(
+        one.kind,
+        step,
+        tokens=sum(map(len, heads)) + sum(len(item.own) for item in one.sequences),
+        supervised=sum(len(item.targets) for item in one.sequences),
+        longest=max(item.length for item in one.sequences),
+        cases=len(one.sequences),
+    )

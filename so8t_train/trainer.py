@@ -27,14 +27,14 @@ from so8t_train.dev_evaluation import DevResult, evaluate_dev
 from so8t_train.divergence import DivergedError, LossGuard, all_finite, diverged
 from so8t_train.losses import safety_loss, task_loss
 from so8t_train.memory_log import MemoryLog
-from so8t_train.packing import JOINED_TOKENS, PackedSequence, joined_micro_batches, pack
-from so8t_train.pass_sizes import learns_reply
+from so8t_train.packing import pack
 from so8t_train.pet import inertia_penalty, pet_weight
 from so8t_train.quantized_layers import use_training_kernels
 from so8t_train.random_state import RandomState, random_state, restore_random_state
 from so8t_train.rotation_gate import LossKind, RotationPair
 from so8t_train.safety_model import SafetyModel
 from so8t_train.so8_rotation import commutator_norm, rotation_from_generators
+from so8t_train.step_passes import StepPass, step_passes
 from so8t_train.step_report import StepReport, TrainingHooks
 from so8t_train.training_data import TrainingExample, step_order
 from so8t_train.training_plan import (
@@ -102,7 +102,7 @@ class Trainer:
         if self.config.gradient_checkpointing:
             enable_checkpointing(self.model.base)
         while self.step < self.total_steps:
-            report = self._train_step()
+            report = self.train_step()
             (stop,) = self.parallel.together(partial(self._reported, report, hooks))
             if stop and self.step < self.total_steps:
                 self._save_once()
@@ -122,16 +122,17 @@ class Trainer:
                 hooks.on_step(report)
         return (hooks.stop_requested(),)
 
-    def _train_step(self) -> StepReport:
+    def train_step(self) -> StepReport:
+        """Take one optimizer step: what ``run`` repeats."""
         started = time.perf_counter()
         config = self.config
         self.model.train()
         self._set_learning_rates()
         self.parallel.seed_step(config.seed, self.step)
         batch = self._batch()
-        replies = [e for e in batch if self._learns_reply(e)]
+        passes = step_passes(batch, config, self.step // self._steps_per_epoch)
         weight = pet_weight(self.step / self.total_steps, pet_phases(config)) * config.pet_weight
-        sums = _Sums(*self.parallel.together(partial(self._run_passes, batch, replies, weight)))
+        sums = _Sums(*self.parallel.together(partial(self._run_passes, batch, passes, weight)))
         inertia, commutator = self._finish_rotations()
         self.parallel.add_gradients(self.names)
         norm = self._clip_gradients()
@@ -153,7 +154,7 @@ class Trainer:
             epoch=self.step / self._steps_per_epoch,
             loss=total,
             safety_loss=sums.safety,
-            task_loss=sums.task if replies else None,
+            task_loss=sums.task if passes[-1].kind == "reply" else None,
             pet_temporal=sums.temporal,
             pet_inertia=inertia,
             verdict_accuracy=sums.correct / len(batch),
@@ -166,39 +167,35 @@ class Trainer:
         )
 
     def _run_passes(
-        self, batch: Sequence[TrainingExample], replies: Sequence[TrainingExample], weight: float
+        self, batch: Sequence[TrainingExample], passes: Sequence[StepPass], weight: float
     ) -> "_Sums":
         """Forward and backward passes of a step, as far as they are this process's share."""
         model, config = self.model, self.config
         safety_norm = sum(e.prompt.weight for e in batch)
-        task_norm = max(1, sum(len(e.reply.targets) for e in replies if e.reply is not None))
-        verdicts = _passes(batch, [e.prompt for e in batch], config)
-        answers = _passes(replies, [e.reply for e in replies if e.reply is not None], config)
-        costs = [sum(e.prompt.length for e in micro) for micro in verdicts]
-        costs += [sum(e.reply.length for e in micro if e.reply is not None) for micro in answers]
-        mine = iter(self.parallel.share(costs))
+        replies = [reply for one in passes if one.kind == "reply" for reply in one.sequences]
+        task_norm = max(1, sum(len(reply.targets) for reply in replies))
+        mine = self.parallel.share([one.cost for one in passes])
         safety = task = temporals = 0.0
         correct = tokens = 0
         if model.bank is not None:
             model.bank.begin_step()
-        for micro in itertools.compress(verdicts, mine):
-            packed = pack([e.prompt for e in micro], model.device)
+        for one in itertools.compress(passes, mine):
+            packed = pack(one.sequences, model.device)
+            tokens += packed.tokens
+            if one.kind == "reply":
+                loss = task_loss(model, packed) / task_norm
+                self._backward(config.task_loss_weight * loss, "task", one.examples)
+                task += float(loss.detach())
+                continue
             result = safety_loss(
                 model, packed, label_smoothing=config.label_smoothing, with_temporal=weight > 0
             )
-            temporal = result.temporal_mean * (len(micro) / len(batch))
+            temporal = result.temporal_mean * (len(one.examples) / len(batch))
             loss = config.safety_loss_weight * result.cross_entropy_sum / safety_norm
-            self._backward(loss + weight * temporal, "safety", micro)
+            self._backward(loss + weight * temporal, "safety", one.examples)
             safety += float(result.cross_entropy_sum.detach()) / safety_norm
             temporals += float(temporal.detach())
             correct += result.n_correct
-            tokens += packed.tokens
-        for micro in itertools.compress(answers, mine):
-            packed = pack([e.reply for e in micro if e.reply is not None], model.device)
-            loss = task_loss(model, packed) / task_norm
-            self._backward(config.task_loss_weight * loss, "task", micro)
-            task += float(loss.detach())
-            tokens += packed.tokens
         return _Sums(safety, temporals, task, correct, tokens)
 
     def _update(self) -> None:
@@ -213,9 +210,6 @@ class Trainer:
 
     def _save_due(self) -> bool:
         return self.step % self.config.save_every_steps == 0
-
-    def _learns_reply(self, example: TrainingExample) -> bool:
-        return learns_reply(example, self.config, self.step // self._steps_per_epoch)
 
     def _backward(self, loss: Tensor, kind: LossKind, micro: Sequence[TrainingExample]) -> None:
         if not math.isfinite(float(loss.detach())):
@@ -400,15 +394,3 @@ def _rotations(generators: dict[str, Tensor]) -> RotationPair:
             rotation_from_generators(generators[kind].flatten(0, 1)) for kind in ("safe", "command")
         )
     return RotationPair(safe, command)
-
-
-def _passes(
-    examples: Sequence[TrainingExample], sequences: Sequence[PackedSequence], config: FitConfig
-) -> list[Sequence[TrainingExample]]:
-    """The examples of each forward pass; ``sequences`` are what it computes of them.
-
-    Never more tokens than the micro-batch of the longest cases that the configuration admits.
-    """
-    most = min(JOINED_TOKENS, config.micro_batch_size * config.max_length)
-    groups = joined_micro_batches(sequences, config.micro_batch_size, most)
-    return [examples[group.start : group.stop] for group in groups]

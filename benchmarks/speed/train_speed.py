@@ -39,7 +39,7 @@ from so8t_train.training_data import (
 )
 
 TRAIN_FILE = Path(__file__).parents[2] / "so8t_train" / "data" / "train.jsonl"
-BAR = 1.0
+BAR = 2.0
 
 
 class Measurement(NamedTuple):

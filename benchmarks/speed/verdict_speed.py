@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -69,8 +70,9 @@ def main() -> None:
         for entry in entries:
             entry.judge(ids[: 2 * BATCH])  # warm-up
         rates: dict[str, list[float]] = {entry.name: [] for entry in entries}
-        for _ in range(options.rounds):
+        for number in range(1, options.rounds + 1):
             for entry in entries:
+                print(f"round {number} of {options.rounds}: {entry.name}", file=sys.stderr)
                 started = time.perf_counter()
                 entry.judge(ids)
                 rates[entry.name].append(len(ids) / (time.perf_counter() - started))

@@ -69,8 +69,8 @@ def judge(
 ) -> None:
     """Judge one text: allow, escalate or refuse, with probabilities and latency.
 
-    TEXT is the user's message; - or a pipe reads it from standard input. With --reply the model's
-    own answer follows, from the same prefill.
+    TEXT is the user's message; - or a pipe reads it from standard input, without the line end that
+    comes last. With --reply the model's own answer follows, from the same prefill.
     """
     conversation = _conversation(text, messages)
     _require_text("--policy", policy or "")
@@ -173,12 +173,14 @@ def _conversation(text: str | None, messages: Path | None) -> tuple[Message, ...
 def _read_stdin() -> str:
     raw = sys.stdin.buffer.read()
     try:
-        return raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"standard input: not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start}); "
             "convert the text to UTF-8"
         ) from error
+    # The line end that echo and editors add is not the user's.
+    return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 def _read_json(path: Path) -> object:

@@ -51,9 +51,17 @@ def test_argument_pipe_dash_and_messages_agree(model: str, tmp_path: Path) -> No
         judged("hello あ", "--model", model),
         judged("-", "--model", model, stdin="hello あ"),
         judged("--model", model, stdin="hello あ"),
+        judged("--model", model, stdin="hello あ\n"),
+        judged("--model", model, stdin="hello あ\r\n"),
         judged("--messages", file, "--model", model),
     ]
     assert len({str(facts["logits"]) for facts in ways}) == 1
+
+
+def test_only_one_line_end_of_a_pipe_is_dropped(model: str) -> None:
+    lines = judged("--model", model, stdin="hello\n\n")
+    assert lines["logits"] == judged("hello\n", "--model", model)["logits"]
+    assert lines["logits"] != judged("hello", "--model", model)["logits"]
 
 
 def test_policy_changes_the_prompt(model: str) -> None:

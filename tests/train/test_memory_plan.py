@@ -1,12 +1,12 @@
 """The memory plan against what autograd really keeps, and against the trainer's own passes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from support.case_files import write_cases
-from support.tiny_fit import build, fit_config, training_cases
+from support.tiny_fit import build, fit_config, ignore_step, training_cases
 from support.tiny_hf import Family, make_tiny_model
 from torch import nn
 
@@ -19,11 +19,11 @@ from so8t_train.memory_plan import (
     trained_parameters,
 )
 from so8t_train.model_shape import locate_base, read_shape
-from so8t_train.packing import Pack, pack
+from so8t_train.packing import Pack, PackedSequence, pack
 from so8t_train.pass_sizes import fit_passes
 from so8t_train.quantized_layers import quantized_layers
 from so8t_train.safety_model import SafetyModel
-from so8t_train.trainer import Trainer, _passes
+from so8t_train.trainer import Trainer, TrainingHooks
 from so8t_train.training_data import load_training_cases, tokenize_cases, weighted
 
 
@@ -155,7 +155,9 @@ def test_4bit_base_is_counted(tiny_llama: Path, tmp_path: Path, double_quant: bo
     assert held_bytes(setting) == setting.shape.linear_parameters * 4
 
 
-def test_passes_are_those_of_the_trainer(tiny_llama: Path, tmp_path: Path) -> None:
+def test_passes_are_those_of_the_trainer(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = make_trainer(
         tmp_path,
         tiny_llama,
@@ -167,16 +169,15 @@ def test_passes_are_those_of_the_trainer(tiny_llama: Path, tmp_path: Path) -> No
         num_epochs=2.0,
         max_length=192,
     )
-    expected = []
-    for step in range(trainer.total_steps):
-        trainer.step = step
-        batch = trainer._batch()
-        replies = [e for e in batch if trainer._learns_reply(e)]
-        for kind, examples in (("verdict", batch), ("reply", replies)):
-            sequences = [e.prompt if kind == "verdict" else e.reply for e in examples]
-            for micro in _passes(examples, [s for s in sequences if s], trainer.config):
-                parts = [e.prompt if kind == "verdict" else e.reply for e in micro]
-                packed = pack([part for part in parts if part], trainer.model.device)
-                expected.append((kind, step, packed.tokens, len(packed.targets), len(micro)))
-    found = fit_passes(trainer.examples, trainer.config)
-    assert [(s.kind, s.step, s.tokens, s.supervised, s.cases) for s in found] == expected
+    packed: list[tuple[int, int, int]] = []
+
+    def observed(sequences: Sequence[PackedSequence], device: torch.device) -> Pack:
+        made = pack(sequences, device)
+        packed.append((trainer.step, made.tokens, len(made.targets)))
+        return made
+
+    monkeypatch.setattr("so8t_train.trainer.pack", observed)
+    trainer.run(TrainingHooks(ignore_step, lambda: False))
+    planned = fit_passes(trainer.examples, trainer.config)
+    assert {size.kind for size in planned} == {"verdict", "reply"}
+    assert [(s.step, s.tokens, s.supervised) for s in planned] == packed

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from so8t_eval.errors import BackendError, Interrupted
 from so8t_train.checkpoint import checkpoint_directories, load_checkpoint
+from so8t_train.step_passes import learns_reply
 from so8t_train.trainer import (
     CHECKPOINTS,
     StepReport,
@@ -303,11 +304,8 @@ def test_share_of_replies_follows_the_setting(make: Make) -> None:
     none, some = make("none", task_loss_share=0.0), make("some", task_loss_share=0.5)
     with_reply = [e for e in some.examples if e.reply is not None]
     assert len(with_reply) == 8
-    assert not any(none._learns_reply(e) for e in with_reply)
-    drawn = []
-    for epoch in range(40):
-        some.step = epoch * 4
-        drawn.append([some._learns_reply(e) for e in with_reply])
+    assert not any(learns_reply(e, none.config, 0) for e in with_reply)
+    drawn = [[learns_reply(e, some.config, epoch) for e in with_reply] for epoch in range(40)]
     share = sum(map(sum, drawn)) / (40 * len(with_reply))
     assert share == pytest.approx(0.5, abs=0.1)
     assert len({tuple(epoch) for epoch in drawn}) > 1
