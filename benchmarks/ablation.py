@@ -36,6 +36,7 @@ from so8t_eval.records import read_records
 from so8t_train.base_model import resolve_base
 from so8t_train.compute_dtype import compute_dtype
 from so8t_train.config import FitConfig, load_config
+from so8t_train.held_weights import hold_dequantized_weights
 from so8t_train.packing import pack
 from so8t_train.safety_model import build_safety_model
 from so8t_train.training_data import tokenize_cases
@@ -53,6 +54,7 @@ TRAINED: dict[str, dict[str, object]] = {
     "+ replies": {},
 }
 MODELS = [WORDS, PROBE, *TRAINED]
+PROBED_TOGETHER = 8
 METRICS: dict[str, Callable[[Confusion], Interval]] = {"Accuracy": accuracy, **RATES}
 
 
@@ -150,6 +152,7 @@ def probed(train: list[Case], test: list[Case], config: FitConfig) -> npt.NDArra
         config.model_copy(update={"rotation_gates": False}),
         compute_dtype(config),
     )
+    hold_dequantized_weights(model, model.dtype)
 
     def states(cases: list[Case]) -> npt.NDArray[np.float32]:
         data = tokenize_cases(cases, tokenizer, model.verdict_ids, None, 2048)
@@ -157,8 +160,9 @@ def probed(train: list[Case], test: list[Case], config: FitConfig) -> npt.NDArra
             raise SystemExit(f"longer than 2048 tokens: {', '.join(data.too_long)}")
         rows = []
         with torch.no_grad():
-            for example in data.examples:
-                packed = pack([example.prompt], model.device)
+            for start in range(0, len(data.examples), PROBED_TOGETHER):
+                together = data.examples[start : start + PROBED_TOGETHER]
+                packed = pack([example.prompt for example in together], model.device)
                 rows.append(model.hidden(packed)[0, packed.supervised].float().cpu())
         return torch.cat(rows).numpy()
 
