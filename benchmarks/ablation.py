@@ -11,6 +11,7 @@ standard deviation over seeds, and the 95 % interval of the seed that is in the 
 """
 
 import argparse
+import functools
 import json
 import random
 import statistics
@@ -140,38 +141,39 @@ def measured(name: str, split: Split, options: argparse.Namespace) -> Confusion:
         dev = load_cases(load_config(CONFIG).dev_file[0])
         return confusion_from_codes(codes(test), fitted(split.train, dev, test).predicted)
     if name == PROBE:
-        return confusion_from_codes(codes(test), probed(split.train, test, config))
+        return confusion_from_codes(codes(test), probed(split))
     run = options.directory.resolve() / f"run-{split.seed}-{list(TRAINED).index(name)}"
     return trained(run, config.model_copy(update={"output_dir": run, **TRAINED[name]}))
 
 
-def probed(train: list[Case], test: list[Case], config: FitConfig) -> npt.NDArray[np.int64]:
-    """Logistic regression on the untrained base's last hidden state at the verdict position."""
-    model, tokenizer = build_safety_model(
-        resolve_base(config.base_model),
-        config.model_copy(update={"rotation_gates": False}),
-        compute_dtype(config),
-    )
-    hold_dequantized_weights(model, model.dtype)
-
-    def states(cases: list[Case]) -> npt.NDArray[np.float32]:
-        data = tokenize_cases(cases, tokenizer, model.verdict_ids, None, 2048)
-        if data.too_long:
-            raise SystemExit(f"longer than 2048 tokens: {', '.join(data.too_long)}")
-        rows = []
-        with torch.no_grad():
-            for start in range(0, len(data.examples), PROBED_TOGETHER):
-                together = data.examples[start : start + PROBED_TOGETHER]
-                packed = pack([example.prompt for example in together], model.device)
-                rows.append(model.hidden(packed)[0, packed.supervised].float().cpu())
-        return torch.cat(rows).numpy()
-
+def probed(split: Split) -> npt.NDArray[np.int64]:
+    """Verdict codes of the benchmark by logistic regression on the untrained base's states."""
     classifier = make_pipeline(
         StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=500)
     )
-    classifier.fit(states(train), codes(train))
-    predicted: npt.NDArray[np.int64] = classifier.predict(states(test))
+    classifier.fit(base_states(split.path), codes(split.train))
+    predicted: npt.NDArray[np.int64] = classifier.predict(base_states(BENCHMARK))
     return predicted
+
+
+@functools.cache
+def base_states(file: Path) -> npt.NDArray[np.float32]:
+    """The untrained base's last hidden state (n, hidden) at the verdict position of every case."""
+    config = load_config(CONFIG).model_copy(update={"rotation_gates": False})
+    model, tokenizer = build_safety_model(
+        resolve_base(config.base_model), config, compute_dtype(config)
+    )
+    hold_dequantized_weights(model, model.dtype)
+    data = tokenize_cases(load_cases(file), tokenizer, model.verdict_ids, None, 2048)
+    if data.too_long:
+        raise SystemExit(f"longer than 2048 tokens: {', '.join(data.too_long)}")
+    rows = []
+    with torch.no_grad():
+        for start in range(0, len(data.examples), PROBED_TOGETHER):
+            together = data.examples[start : start + PROBED_TOGETHER]
+            packed = pack([example.prompt for example in together], model.device)
+            rows.append(model.hidden(packed)[0, packed.supervised].float().cpu())
+    return torch.cat(rows).numpy()
 
 
 def trained(run: Path, config: FitConfig) -> Confusion:

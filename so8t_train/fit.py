@@ -32,6 +32,7 @@ from so8t_train.dev_evaluation import (
     summarize,
 )
 from so8t_train.emergency import saved_on_failure
+from so8t_train.heap import freed_blocks_returned
 from so8t_train.operating_points import OperatingPoint, operating_points
 from so8t_train.phase_recorder import PhaseRecorder
 from so8t_train.quantized_layers import use_training_kernels
@@ -103,18 +104,10 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     phases = PhaseRecorder(config, reporter.news, active=parallel.is_main)
-    start = _load(config, reporter, parallel, phases)
+    with freed_blocks_returned():
+        start = _load(config, reporter, parallel, phases)
+        trainer = _trainer(config, start, session, parallel)
     model, dev = start.model, start.dev.examples
-    trainer = Trainer(
-        model,
-        config,
-        examples=start.data.examples,
-        dev=dev,
-        run_directory=directory,
-        start_sha256=start.origin.sha256 if start.origin else start.source.sha256,
-        session=session,
-        parallel=parallel,
-    )
     phases.ends("hold")
     phases.predict(model, start.source, start.data.examples)
     before = _dev_logits(model, dev) if start.origin and parallel.is_main else None
@@ -166,6 +159,19 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
         return FitResult(directory, trainer.step, seconds, result, model.temperature, moved)
 
     return parallel.from_main(finish)
+
+
+def _trainer(config: FitConfig, start: "_Start", session: str, parallel: DataParallel) -> Trainer:
+    return Trainer(
+        start.model,
+        config,
+        examples=start.data.examples,
+        dev=start.dev.examples,
+        run_directory=config.output_dir,
+        start_sha256=start.origin.sha256 if start.origin else start.source.sha256,
+        session=session,
+        parallel=parallel,
+    )
 
 
 def _open_logs(trainer: Trainer) -> TrainingLog:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
 from so8t_train.config import FitConfig
+from so8t_train.heap import MAPPED_FROM
 from so8t_train.model_shape import ModelShape
 from so8t_train.pass_sizes import PassSize
 from so8t_train.so8_rotation import BLOCK_SIZE, GENERATOR_SIZE
@@ -20,9 +21,6 @@ _ONEDNN_KEPT: Final = 1024
 """Compiled matrix products that oneDNN keeps (its default ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
 _ONEDNN_BYTES: Final = 0.55 * (1 << 20)
 """Of one of them: 1024 held 0.56 GiB in a reference fit (mallinfo2, torch 2.13, AVX-512)."""
-_MAPPED_FROM: Final = 32 << 20
-"""glibc's DEFAULT_MMAP_THRESHOLD_MAX: larger blocks are given back when freed, smaller ones stay in
-the heap, under whatever still lives above them."""
 _HOLES: Final = ((4, 0.55), (700, 1.75))
 """Holes in the heap per byte of activations, by the number of different pass lengths. Measured on
 the reference model (glibc 2.36): 0.82 GiB beside 1.48 GiB after the forward pass over its largest
@@ -228,18 +226,17 @@ def plan_memory(
     data = Part("token ids", token_ids * _INT_BYTES if on_cpu else 0)
     largest = max(passes, key=lambda size: pass_memory(setting, size).total)
     still = (*process, base, adapters, data, held)
-    left = _left(setting)
     learning = (
         Part("gradients", trained),
         Part("optimizer state", 2 * trained),
         Part("rotations of the step", _rotation_bytes(setting)),
         Part("compiled matrix products", _compiled_bytes(setting, passes)),
     )
-    working = _at_work(setting, passes, largest, left)
+    working = _at_work(setting, passes, largest)
     copies = Part("checkpoint copies", 2 * trained)
     phases = (
         Phase("load", (*process, *_loading(setting))),
-        Phase("hold", (*still, Part("holes in the heap", left))),
+        Phase("hold", still),
         Phase("train", (*still, *learning, *working)),
         # The heap stays as large as training made it; only what was mapped is given back.
         Phase("save", (*still, *learning[1:], *working[:2], copies)),
@@ -248,12 +245,11 @@ def plan_memory(
 
 
 def _at_work(
-    setting: Setting, passes: Sequence[PassSize], largest: PassSize, left: int
+    setting: Setting, passes: Sequence[PassSize], largest: PassSize
 ) -> tuple[Part, Part, Part]:
     """What the passes need: activations, holes between them, logits.
 
-    On a CPU the heap of the largest pass is still there when another pass maps its logits, and what
-    loading has ``left`` free is used first: the holes afterwards are the more of both, not the sum.
+    On a CPU the heap of the largest pass is still there when another pass maps its logits.
     """
     if setting.device != "cpu":
         needs = pass_memory(setting, largest)
@@ -263,7 +259,7 @@ def _at_work(
             Part("logits", needs.total - needs.activations),
         )
     needed = [pass_memory(setting, size) for size in passes]
-    mapped = [n.logits if n.logits > 3 * _MAPPED_FROM else 0 for n in needed]
+    mapped = [n.logits if n.logits > 3 * MAPPED_FROM else 0 for n in needed]
     heap = max(
         n.activations + max(n.working, 0 if m else n.logits)
         for n, m in zip(needed, mapped, strict=True)
@@ -271,7 +267,7 @@ def _at_work(
     holes = int(heap * _hole_share(len({size.tokens for size in passes})))
     return (
         Part("activations", heap),
-        Part("holes in the heap", max(left, holes)),
+        Part("holes in the heap", holes),
         Part("logits", max(mapped)),
     )
 
@@ -281,26 +277,6 @@ def _hole_share(lengths: int) -> float:
     (few, low), (many, high) = _HOLES
     at = math.log(max(lengths, few) / few) / math.log(many / few)
     return low + min(1.0, at) * (high - low)
-
-
-def _left(setting: Setting) -> int:
-    """Bytes of linear weights as they were loaded, freed in the heap and used by nothing since.
-
-    A GGUF's float32 weights leave holes that the smaller held ones go into. safetensors are cast
-    before they are quantized: holes of the very size of the held weights, which cannot serve them.
-    """
-    shape, held = setting.shape, held_bytes(setting)
-    if setting.device != "cpu":
-        return 0
-    if shape.is_gguf:
-        casts = setting.config.quantizes_base or setting.item_bytes != _FLOAT
-        return max(0, _in_heap(shape, _FLOAT) - held) if casts else 0
-    return _in_heap(shape, setting.item_bytes) if setting.config.quantizes_base else 0
-
-
-def _in_heap(shape: ModelShape, item_bytes: int) -> int:
-    sizes = (linear.parameters * item_bytes for linear in shape.linears)
-    return sum(size for size in sizes if size <= _MAPPED_FROM)
 
 
 def _loading(setting: Setting) -> tuple[Part, ...]:
@@ -314,7 +290,6 @@ def _loading(setting: Setting) -> tuple[Part, ...]:
     return (
         Part("mapped file", shape.file_bytes),
         Part("base weights", base_bytes(setting)),
-        Part("holes in the heap", _left(setting)),
     )
 
 
