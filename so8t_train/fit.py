@@ -150,8 +150,10 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
         if start.origin is not None:
             moved = movement(start.origin, model.gate_tensors(), dev, before, after)
             training |= {"started_from": start.origin.sha256, "moved": moved._asdict()}
-        points = _points(model, after, dev)
-        save_run(directory, model, start.tokenizer, start.source, config, training, points)
+        save_run(
+            *(directory, model, start.tokenizer, start.source, config, training),
+            _points(model, after, dev),
+        )
         phases.ends("save")
         from so8t_train.model_card import write_model_card
 
