@@ -61,7 +61,7 @@ def random_llama(directory: Path) -> dict[str, Any]:
 
 
 def float_qwen(directory: Path) -> dict[str, Any]:
-    """A random Qwen3, base not in 8-bit: PEFT's own layers. No constant was chosen by its result."""
+    """A random Qwen3, base not in 8-bit: PEFT's own layers."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support.tiny_hf import make_tiny_model
 
@@ -76,11 +76,28 @@ def float_qwen(directory: Path) -> dict[str, Any]:
     }
 
 
+def checkpointed_qwen(directory: Path) -> dict[str, Any]:
+    """A random Qwen2, 8-bit, checkpointed. No constant was chosen by its result."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.tiny_hf import make_tiny_model
+
+    base = directory / "base"
+    if not base.is_dir():
+        make_tiny_model(base, "qwen2", hidden=768, layers=14, spare_rows=31552)
+    return {
+        "base_model": str(base),
+        "gradient_checkpointing": True,
+        "micro_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+    }
+
+
 CONFIGURATIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "reference": reference,
     "checkpointed": checkpointed,
     "llama-0.3b": random_llama,
     "qwen3-float": float_qwen,
+    "qwen2-checkpointed": checkpointed_qwen,
 }
 
 

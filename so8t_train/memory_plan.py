@@ -26,6 +26,11 @@ _HOLES: Final = ((4, 0.55), (700, 1.75))
 the reference model (glibc 2.36): 0.82 GiB beside 1.48 GiB after the forward pass over its largest
 step; 2.6 GiB after all 904 steps, whose passes have about 700 lengths. A freed aligned block serves
 no block of its own size, and blocks of ever new sizes leave ever new remainders."""
+_PASSING: Final = 0.5
+"""Of the bytes that checkpointing frees after a layer's forward pass, what leaves holes as if it
+were kept: one observation, the reference with checkpointing in float32."""
+_PEFT_STEPS: Final = 1.6
+"""Times the holes where PEFT computes layers in float32, output by output: one observation."""
 _INT_BYTES: Final = 8 + 32
 """Of a token id in a Python tuple: the pointer and the int object."""
 
@@ -185,6 +190,8 @@ class PassMemory(NamedTuple):
     working: int
     """Of the layer that is computed backward."""
     logits: int
+    freed: int = 0
+    """What checkpointing does not keep of the forward pass."""
 
     @property
     def total(self) -> int:
@@ -203,13 +210,13 @@ def pass_memory(setting: Setting, size: PassSize) -> PassMemory:
     one_layer = layer_bytes_per_token(setting, temporal=temporal)
     # MLP backward: gradients of the product, of both factors, and of the gated input.
     work = 4 * item * shape.intermediate + _FLOAT * shape.hidden
-    kept = one_layer * shape.layers
+    kept = full = one_layer * shape.layers
     if config.gradient_checkpointing:
         # A layer's input each, and PET's term, which lies outside of what is recomputed.
         kept = shape.layers * shape.hidden * (item + (_FLOAT if temporal else 0))
         work += one_layer
     logits = 3 * _FLOAT * size.supervised * (shape.vocabulary + 3)
-    return PassMemory(size.tokens * kept, size.tokens * work, logits)
+    return PassMemory(size.tokens * kept, size.tokens * work, logits, size.tokens * (full - kept))
 
 
 def plan_memory(
@@ -225,7 +232,8 @@ def plan_memory(
     held = Part("dequantized weights", held_bytes(setting))
     data = Part("token ids", token_ids * _INT_BYTES if on_cpu else 0)
     largest = max(passes, key=lambda size: pass_memory(setting, size).total)
-    still = (*process, base, adapters, data, held)
+    mapped = Part("mapped file", _still_mapped(setting))
+    still = (*process, base, adapters, data, held, mapped)
     learning = (
         Part("gradients", trained),
         Part("optimizer state", 2 * trained),
@@ -260,11 +268,13 @@ def _at_work(
         )
     needed = [pass_memory(setting, size) for size in passes]
     mapped = [n.logits if n.logits > 3 * MAPPED_FROM else 0 for n in needed]
-    heap = max(
-        n.activations + max(n.working, 0 if m else n.logits)
+    heap, freed = max(
+        (n.activations + max(n.working, 0 if m else n.logits), n.freed)
         for n, m in zip(needed, mapped, strict=True)
     )
-    holes = int(heap * _hole_share(len({size.tokens for size in passes})))
+    by_layers = 1.0 if setting.fused or setting.item_bytes < _FLOAT else _PEFT_STEPS
+    share = _hole_share(len({size.tokens for size in passes})) * by_layers
+    holes = int((heap + _PASSING * freed) * share)
     return (
         Part("activations", heap),
         Part("holes in the heap", holes),
@@ -277,6 +287,19 @@ def _hole_share(lengths: int) -> float:
     (few, low), (many, high) = _HOLES
     at = math.log(max(lengths, few) / few) / math.log(many / few)
     return low + min(1.0, at) * (high - low)
+
+
+def _still_mapped(setting: Setting) -> int:
+    """Weights that were read to be quantized, in safetensors that embeddings are still used from.
+
+    They are: nothing copies what has the activations' dtype already. These pages are the system's
+    to take back; until then they count as resident.
+    """
+    shape, item = setting.shape, setting.item_bytes
+    same_dtype = round(shape.file_bytes / shape.parameters) == item
+    if setting.device != "cpu" or shape.is_gguf or not same_dtype:
+        return 0
+    return shape.linear_parameters * item if setting.config.quantizes_base else 0
 
 
 def _loading(setting: Setting) -> tuple[Part, ...]:

@@ -16,11 +16,13 @@ from so8t_train.memory_plan import (
     base_bytes,
     held_bytes,
     layer_bytes_per_token,
+    pass_memory,
+    plan_memory,
     trained_parameters,
 )
 from so8t_train.model_shape import locate_base, read_shape
 from so8t_train.packing import Pack, PackedSequence, pack
-from so8t_train.pass_sizes import fit_passes
+from so8t_train.pass_sizes import PassSize, fit_passes
 from so8t_train.quantized_layers import quantized_layers
 from so8t_train.safety_model import SafetyModel
 from so8t_train.trainer import Trainer, TrainingHooks
@@ -181,3 +183,31 @@ def test_passes_are_those_of_the_trainer(
     planned = fit_passes(trainer.examples, trainer.config)
     assert {size.kind for size in planned} == {"verdict", "reply"}
     assert [(s.step, s.tokens, s.supervised) for s in planned] == packed
+
+
+def test_weights_stay_mapped_where_none_is_cast(tiny_llama: Path, tmp_path: Path) -> None:
+    plain = setting_of(make_trainer(tmp_path, tiny_llama, torch.float32, load_in_8bit=True))
+    assert mapped_bytes(plain) == plain.shape.linear_parameters * 4  # the file is float32
+    assert mapped_bytes(plain._replace(item_bytes=2)) == 0
+    assert mapped_bytes(plain._replace(shape=plain.shape._replace(is_gguf=True))) == 0
+    unquantized = plain.config.model_copy(update={"load_in_8bit": False})
+    assert mapped_bytes(plain._replace(config=unquantized)) == 0  # then it is the base itself
+
+
+def mapped_bytes(setting: Setting) -> int:
+    plan = plan_memory(setting, [PassSize("verdict", 0, 64, 1, 64, 1)], imports=0, token_ids=0)
+    hold = next(phase for phase in plan.phases if phase.name == "hold")
+    return dict(hold.parts)["mapped file"]
+
+
+def test_checkpointing_leaves_holes_of_what_it_does_not_keep(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, tiny_llama, torch.float32)
+    plain = setting_of(trainer)
+    kept = plain._replace(config=plain.config.model_copy(update={"gradient_checkpointing": False}))
+    freed = plain._replace(config=plain.config.model_copy(update={"gradient_checkpointing": True}))
+    size = PassSize("reply", 0, 500, 20, 250, 2)
+    assert pass_memory(kept, size).freed == 0
+    both = pass_memory(freed, size)
+    assert both.activations + both.freed == pass_memory(kept, size).activations
