@@ -77,7 +77,7 @@ def float_qwen(directory: Path) -> dict[str, Any]:
 
 
 def checkpointed_qwen(directory: Path) -> dict[str, Any]:
-    """A random Qwen2, 8-bit, checkpointed. No constant was chosen by its result."""
+    """A random Qwen2, 8-bit, checkpointed."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support.tiny_hf import make_tiny_model
 
@@ -92,12 +92,29 @@ def checkpointed_qwen(directory: Path) -> dict[str, Any]:
     }
 
 
+def fused_phi(directory: Path) -> dict[str, Any]:
+    """A random Phi 3, 8-bit, joined projections. No constant was chosen by its result."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.tiny_hf import make_tiny_model
+
+    base = directory / "base"
+    if not base.is_dir():
+        make_tiny_model(base, "phi3", hidden=640, layers=10, spare_rows=31552)
+    return {
+        "base_model": str(base),
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "max_length": 512,
+    }
+
+
 CONFIGURATIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "reference": reference,
     "checkpointed": checkpointed,
     "llama-0.3b": random_llama,
     "qwen3-float": float_qwen,
     "qwen2-checkpointed": checkpointed_qwen,
+    "phi3": fused_phi,
 }
 
 

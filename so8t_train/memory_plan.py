@@ -21,15 +21,14 @@ _ONEDNN_KEPT: Final = 1024
 """Compiled matrix products that oneDNN keeps (its default ONEDNN_PRIMITIVE_CACHE_CAPACITY)."""
 _ONEDNN_BYTES: Final = 0.55 * (1 << 20)
 """Of one of them: 1024 held 0.56 GiB in a reference fit (mallinfo2, torch 2.13, AVX-512)."""
-_HOLES: Final = ((4, 0.55), (700, 1.75))
-"""Holes in the heap per byte of activations, by the number of different pass lengths. Measured on
-the reference model (glibc 2.36): 0.82 GiB beside 1.48 GiB after the forward pass over its largest
-step; 2.6 GiB after all 904 steps, whose passes have about 700 lengths. A freed aligned block serves
-no block of its own size, and blocks of ever new sizes leave ever new remainders."""
-_PASSING: Final = 0.5
-"""Of the bytes that checkpointing frees after a layer's forward pass, what leaves holes as if it
-were kept: one observation, the reference with checkpointing in float32."""
-_PEFT_STEPS: Final = 1.6
+_HOLES: Final = {2: ((4, 0.55), (700, 1.75)), _FLOAT: ((4, 0.55), (700, 1.0))}
+"""Holes in the heap per byte of a forward pass's activations, kept or not, by the bytes of a number
+and the number of different pass lengths. Measured with glibc 2.36. bfloat16, the reference model:
+0.82 GiB beside 1.48 GiB after the forward pass over its largest step; 2.6 GiB after all 904 steps,
+whose passes have about 700 lengths. float32: fits of 50 steps, 81 to 117 lengths, and of two. A
+freed aligned block serves no block of its own size, and blocks of ever new sizes leave remainders.
+"""
+_PEFT_STEPS: Final = 2.0
 """Times the holes where PEFT computes layers in float32, output by output: one observation."""
 _INT_BYTES: Final = 8 + 32
 """Of a token id in a Python tuple: the pointer and the int object."""
@@ -272,9 +271,8 @@ def _at_work(
         (n.activations + max(n.working, 0 if m else n.logits), n.freed)
         for n, m in zip(needed, mapped, strict=True)
     )
-    by_layers = 1.0 if setting.fused or setting.item_bytes < _FLOAT else _PEFT_STEPS
-    share = _hole_share(len({size.tokens for size in passes})) * by_layers
-    holes = int((heap + _PASSING * freed) * share)
+    share = _hole_share(setting, len({size.tokens for size in passes}))
+    holes = int((heap + freed) * share)
     return (
         Part("activations", heap),
         Part("holes in the heap", holes),
@@ -282,11 +280,12 @@ def _at_work(
     )
 
 
-def _hole_share(lengths: int) -> float:
+def _hole_share(setting: Setting, lengths: int) -> float:
     """Bytes of holes per byte of activations: linear in the logarithm between the measurements."""
-    (few, low), (many, high) = _HOLES
+    (few, low), (many, high) = _HOLES[setting.item_bytes]
     at = math.log(max(lengths, few) / few) / math.log(many / few)
-    return low + min(1.0, at) * (high - low)
+    by_steps = not setting.fused and setting.item_bytes == _FLOAT
+    return (low + min(1.0, at) * (high - low)) * (_PEFT_STEPS if by_steps else 1.0)
 
 
 def _still_mapped(setting: Setting) -> int:
