@@ -5,7 +5,8 @@ Run: python benchmarks/speed/gate_overhead.py [--steps 12] [--threads 2]
 Three trainers of one process, on the same base, cases and order: LoRA and verdict rows alone, with
 rotation gates, with gates and PET. They take turns step by step, so that what else the machine does
 falls on all of them alike; a step's ratio is to the bare one beside it, and the median is shown.
-Then their models judge the same cases in turn. Settings are the reference configuration's. Writes
+Then their models judge the same cases in turn. Times are processor time, divided by the threads,
+which other work on the machine hardly moves. Settings are the reference configuration's. Writes
 nothing.
 """
 
@@ -109,9 +110,10 @@ def in_turn(entries: dict[str, Trainer], steps: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {name: [] for name in entries}
     for step in range(WARM_UP + steps):
         for name, trainer in entries.items():
-            taken = trainer.train_step().step_s
+            started = time.process_time()
+            trainer.train_step()
             if step >= WARM_UP:
-                seconds[name].append(taken)
+                seconds[name].append((time.process_time() - started) / torch.get_num_threads())
     return seconds
 
 
@@ -121,10 +123,10 @@ def judged_in_turn(entries: dict[str, Trainer], rounds: int) -> dict[str, list[f
     for round_ in range(1 + rounds):
         for name, trainer in entries.items():
             model = trainer.model.eval()
-            started = time.perf_counter()
+            started = time.process_time()
             dev_logits(model, trainer.examples[:JUDGED_CASES])
             if round_:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append((time.process_time() - started) / torch.get_num_threads())
     return seconds
 
 
