@@ -8,6 +8,7 @@ import yaml
 from click.testing import CliRunner, Result
 from support.case_files import write_cases
 from support.tiny_fit import fit_config, training_cases
+from support.tiny_hf import make_tiny_model
 
 from so8t_train import fit_plan
 from so8t_train.base_model import EMBEDDED
@@ -17,12 +18,18 @@ from so8t_train.model_shape import locate_base, read_shape
 from so8t_train.time_plan import measured_time, rough_time
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model deep enough for checkpointing to pay."""
+    return make_tiny_model(tmp_path_factory.mktemp("base") / "llama", layers=8)
+
+
 @pytest.fixture
-def settings(tiny_llama: Path, tmp_path: Path) -> Path:
+def settings(base: Path, tmp_path: Path) -> Path:
     """A configuration file of a fit whose micro-batches are too long to be joined."""
     config = fit_config(
         tmp_path,
-        tiny_llama,
+        base,
         train_file=write_cases(tmp_path / "all.jsonl", training_cases(24)),
         micro_batch_size=8,
         max_length=64,
