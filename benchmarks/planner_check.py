@@ -44,16 +44,21 @@ def checkpointed(_directory: Path) -> dict[str, Any]:
     }
 
 
-def random_llama(directory: Path) -> dict[str, Any]:
-    """A random Llama of 0.3 billion parameters, 8-bit, two cases per pass."""
+def random_base(directory: Path, family: str, **sizes: Any) -> str:
+    """The path of a random model in ``directory``, made once."""
     sys.path.insert(0, str(ROOT / "tests"))
     from support.tiny_hf import make_tiny_model
 
     base = directory / "base"
     if not base.is_dir():
-        make_tiny_model(base, "llama", hidden=1024, layers=29, spare_rows=31552)
+        make_tiny_model(base, family, **sizes)
+    return str(base)
+
+
+def random_llama(directory: Path) -> dict[str, Any]:
+    """A random Llama of 0.3 billion parameters, 8-bit, two cases per pass."""
     return {
-        "base_model": str(base),
+        "base_model": random_base(directory, "llama", hidden=1024, layers=29, spare_rows=31552),
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 8,
         "max_length": 1024,
@@ -62,14 +67,10 @@ def random_llama(directory: Path) -> dict[str, Any]:
 
 def float_qwen(directory: Path) -> dict[str, Any]:
     """A random Qwen3, base not in 8-bit: PEFT's own layers."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from support.tiny_hf import make_tiny_model
-
-    base = directory / "base"
-    if not base.is_dir():
-        make_tiny_model(base, "qwen3", hidden=512, layers=12, tied=False, spare_rows=31552)
     return {
-        "base_model": str(base),
+        "base_model": random_base(
+            directory, "qwen3", hidden=512, layers=12, tied=False, spare_rows=31552
+        ),
         "load_in_8bit": False,
         "micro_batch_size": 4,
         "gradient_accumulation_steps": 4,
@@ -78,14 +79,8 @@ def float_qwen(directory: Path) -> dict[str, Any]:
 
 def checkpointed_qwen(directory: Path) -> dict[str, Any]:
     """A random Qwen2, 8-bit, checkpointed."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from support.tiny_hf import make_tiny_model
-
-    base = directory / "base"
-    if not base.is_dir():
-        make_tiny_model(base, "qwen2", hidden=768, layers=14, spare_rows=31552)
     return {
-        "base_model": str(base),
+        "base_model": random_base(directory, "qwen2", hidden=768, layers=14, spare_rows=31552),
         "gradient_checkpointing": True,
         "micro_batch_size": 8,
         "gradient_accumulation_steps": 2,
@@ -94,14 +89,8 @@ def checkpointed_qwen(directory: Path) -> dict[str, Any]:
 
 def fused_phi(directory: Path) -> dict[str, Any]:
     """A random Phi 3, 8-bit, joined projections. No constant was chosen by its result."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from support.tiny_hf import make_tiny_model
-
-    base = directory / "base"
-    if not base.is_dir():
-        make_tiny_model(base, "phi3", hidden=640, layers=10, spare_rows=31552)
     return {
-        "base_model": str(base),
+        "base_model": random_base(directory, "phi3", hidden=640, layers=10, spare_rows=31552),
         "micro_batch_size": 4,
         "gradient_accumulation_steps": 4,
         "max_length": 512,
