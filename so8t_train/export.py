@@ -55,6 +55,7 @@ from so8t_train.gguf_export import (
     Progress,
     check_gguf_base,
     disk_error,
+    sync_file,
 )
 from so8t_train.gguf_split import parse_size, split_gguf
 from so8t_train.hf_export import WEIGHTS, write_hf_directory
@@ -310,6 +311,8 @@ def _write_ggufs(job: _Job, stage: Path, importance: ImportanceMatrix | None) ->
     if any(quant.name not in FLOAT_FORMATS for quant in quants):
         job.report("writing the float file to quantize from")
         source, wide = write_quantizer_source(stage, job.run, job.merged, job.progress)
+        if wide in quants:
+            sync_file(source)
         quants = [wide, *(quant for quant in quants if quant != wide)]
     for quant in quants:
         path = stage / f"model-{quant.label}.gguf"

@@ -39,9 +39,12 @@ def write_float_gguf(
     merged: Mapping[str, Tensor],
     quant: QuantFormat,
     progress: Progress = lambda _share: None,
+    *,
+    synced: bool = True,
 ) -> None:
-    """Write a run's merged weights in a float format. Raises as ``write_gguf``."""
-    write_gguf(path, run, merged, FLOAT_KINDS[quant.name], facts_of(run), progress=progress)
+    """Write a run's merged weights in a float format. Waits and raises as ``write_gguf``."""
+    kind = FLOAT_KINDS[quant.name]
+    write_gguf(path, run, merged, kind, facts_of(run), progress=progress, synced=synced)
 
 
 def write_quantizer_source(
@@ -52,13 +55,15 @@ def write_quantizer_source(
 ) -> tuple[Path, QuantFormat]:
     """Write the float file to quantize from: F16, or F32 where a weight is beyond F16's range.
 
+    Nobody waits for it to reach the disk, as it seldom stays; ``sync_file`` it if it does.
+
     Returns:
         The file ``model-LABEL.gguf`` and its format.
     """
     for quant in (FORMATS["f16"], FORMATS["f32"]):
         path = directory / f"model-{quant.label}.gguf"
         try:
-            write_float_gguf(path, run, merged, quant, progress)
+            write_float_gguf(path, run, merged, quant, progress, synced=False)
         except Float16RangeError:
             continue
         break

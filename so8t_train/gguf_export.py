@@ -70,10 +70,12 @@ def write_gguf(
     keys: So8tMetadata,
     *,
     progress: Progress = lambda _share: None,
+    synced: bool = True,
 ) -> None:
     """Write ``weights`` (by Hugging Face name) with the base's metadata; norms and biases are F32.
 
-    One block of rows is in memory at a time. ``progress`` is told the share that is written.
+    One block of rows is in memory at a time. ``progress`` is told the share that is written. Returns
+    when the file is on the disk, or, not ``synced``, when the system has it.
 
     Raises:
         ExportError: a weight has no place in the architecture, or is not finite.
@@ -103,7 +105,8 @@ def write_gguf(
         writer.write_ti_data_to_file()
         _write_data(writer, tensors, kind, progress)
         writer.flush()
-        sync_file(path)
+        if synced:
+            sync_file(path)
     except BaseException as error:
         _close(writer)
         path.unlink(missing_ok=True)
@@ -224,9 +227,16 @@ def _stored_type(tensor: _PlannedTensor, kind: FloatKind) -> torch.dtype:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file is on the disk, where a full one shows at the latest."""
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
+    """Wait until a file is on the disk, where a full one shows at the latest.
+
+    Raises:
+        DiskError: it cannot be written there.
+    """
+    try:
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def _close(writer: GGUFWriter) -> None:

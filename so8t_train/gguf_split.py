@@ -8,7 +8,7 @@ from typing import IO, Final
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-from so8t_eval.errors import UsageError
+from so8t_eval.errors import DiskError, UsageError
 from so8t_train.gguf_export import disk_error, sync_file
 
 _UNITS: Final = {"K": 10**3, "M": 10**6, "G": 10**9}
@@ -62,10 +62,12 @@ def split_gguf(path: Path, max_bytes: int) -> list[Path]:
         writer.close()
         for part in parts:
             sync_file(part)
-    except OSError as error:
+    except (OSError, DiskError) as error:
         for part in parts:
             part.unlink(missing_ok=True)
-        raise disk_error(path, error) from error
+        if isinstance(error, OSError):
+            raise disk_error(path, error) from error
+        raise
     return parts
 
 

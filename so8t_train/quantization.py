@@ -112,10 +112,7 @@ def quantize_gguf(
             os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)
         )
     if code == 0:
-        try:
-            sync_file(target)
-        except OSError as error:
-            raise disk_error(target, error) from error
+        sync_file(target)
         return
     target.unlink(missing_ok=True)
     reason = _reason("".join(log))

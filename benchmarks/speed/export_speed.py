@@ -1,23 +1,25 @@
 """Time and peak memory of ``so8t-train export`` against merging with PEFT and converting.
 
-Run: python benchmarks/speed/export_speed.py [--parameters 1e9] [--threads 2] [--directory DIR]
+Run: python benchmarks/speed/export_speed.py [--parameters 1e9] [--rounds 3] [--threads 2] [--directory DIR]
 
 Both make a Q8_0 GGUF of the same random Llama-shaped base (bfloat16, sharded, tied embeddings) and
 the same random adapter, each step in a process of its own whose peak resident set the system counts
-(Linux and macOS):
+(Linux and macOS) and whose imports are not timed:
 
 * SO8T: ``export --certificate none``: LoRA merged, rotation gates folded, verdict rows added.
 * The peer: PEFT's ``merge_and_unload``, transformers' ``save_pretrained``, a loop that gives every
   tensor to gguf's writer as float16, llama.cpp's quantizer at its defaults. It leaves gates and
   verdict rows out, so it has less to do. Its memory is that of its largest step.
 
-Needs about 6 bytes of disk per parameter. Prints a Markdown table; writes nothing that stays.
+Needs about 6 bytes of disk per parameter. Prints medians as a Markdown table; writes nothing that stays.
 """
 
 import argparse
 import json
 import os
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -201,8 +203,13 @@ def _write_run(directory: Path, base: Path, shape: Shape, made: Callable[..., An
 
 def export_with_so8t(directory: Path, threads: int) -> Callable[[], None]:
     """Import what the step needs and return the step."""
+    import transformers
+
+    from so8t_train.base_model import quiet_libraries
     from so8t_train.export import ExportOptions, export
 
+    with quiet_libraries():  # imports parts of transformers
+        _ = transformers.AutoConfig
     options = ExportOptions(quants="q8_0", certificate="none", threads=threads)
     return lambda: print(export(directory / "run", directory / "so8t", options).directory)
 
@@ -312,19 +319,29 @@ def in_child(name: str, directory: Path, options: argparse.Namespace) -> None:
         raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr[-3000:]}")
 
 
-def measure(directory: Path, options: argparse.Namespace) -> list[Measured]:
-    """Build the model and run every step, ours first (the peer finds its base in the cache)."""
+def measure(directory: Path, options: argparse.Namespace) -> dict[str, list[Measured]]:
+    """Build the model once; run every step in every round, and delete what a round has written.
+
+    Ours comes first, so the peer finds its base in the cache.
+    """
     in_child("build", directory, options)
-    found = []
-    for name in STEPS:
-        in_child(name, directory, options)
-        found.append(Measured(*json.loads((directory / f"{name}.json").read_text("utf-8"))))
+    found: dict[str, list[Measured]] = {name: [] for name in STEPS}
+    for _ in range(options.rounds):
+        for name, results in found.items():
+            in_child(name, directory, options)
+            text = (directory / f"{name}.json").read_text(encoding="utf-8")
+            results.append(Measured(*json.loads(text)))
+        for output in ("so8t", "merged"):
+            shutil.rmtree(directory / output)
+        for kind in ("F16", "Q8_0"):
+            (directory / f"peer-{kind}.gguf").unlink()
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", type=float, default=1e9)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--directory", type=Path, help="where to make the temporary directory")
     parser.add_argument("--child", choices=["build", *STEPS], help=argparse.SUPPRESS)
@@ -335,18 +352,26 @@ def main() -> None:
     shape = shape_for(options.parameters)
     print(f"{shape.parameters / 1e9:.2f} billion parameters, {options.threads} threads\n")
     with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
-        ours, *peer = measure(Path(scratch), options)
+        found = measure(Path(scratch), options)
     print("| Step | Time | RSS after imports | Peak RSS | Above imports |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for row in (ours, *peer):
+    for name, results in found.items():
+        seconds = statistics.median(row.seconds for row in results)
+        imported = statistics.median(row.imported_mib for row in results)
+        peak = statistics.median(row.peak_mib for row in results)
         print(
-            f"| {row.step} | {row.seconds:.1f} s | {row.imported_mib:.0f} MiB | "
-            f"{row.peak_mib:.0f} MiB | {row.peak_mib - row.imported_mib:.0f} MiB |"
+            f"| {name} | {seconds:.1f} s | {imported:.0f} MiB | {peak:.0f} MiB | "
+            f"{peak - imported:.0f} MiB |"
         )
-    memory = ours.peak_mib / max(row.peak_mib for row in peer)
-    took = ours.seconds / sum(row.seconds for row in peer)
+    rounds = list(zip(*found.values(), strict=True))
+    memory = statistics.median(
+        ours.peak_mib / max(row.peak_mib for row in peer) for ours, *peer in rounds
+    )
+    took = [ours.seconds / sum(row.seconds for row in peer) for ours, *peer in rounds]
     print(
-        f"\nmemory: {memory:.2f} of the peer's (bar {MEMORY_BAR}); time: {took:.2f} (bar {TIME_BAR})"
+        f"\nmemory: {memory:.2f} of the peer's (bar {MEMORY_BAR}); time: "
+        f"{statistics.median(took):.2f} (bar {TIME_BAR}; rounds: "
+        f"{', '.join(f'{ratio:.2f}' for ratio in took)})"
     )
 
 

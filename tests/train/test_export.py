@@ -1,6 +1,8 @@
 """The export as a whole: what it leaves behind when it works, fails, or is interrupted."""
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,6 +182,40 @@ def test_a_full_disk_leaves_nothing(
     with _file_size_limit(100_000), pytest.raises(DiskError, match="free space"):
         export(run, tmp_path / "out", options._replace(format=form, quants=quants))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("quants", "synced"), [("q8_0", ["Q8_0"]), ("q8_0,f16", ["F16", "Q8_0"]), ("bf16", ["BF16"])]
+)
+def test_what_is_kept_is_on_the_disk_before_it_gets_its_name(
+    run: Path,
+    quants: str,
+    synced: list[str],
+    options: ExportOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waited: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        waited.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("file names of descriptors are read from /proc")
+    monkeypatch.setattr(os, "fsync", fsync)
+    export(run, tmp_path / "out", options._replace(quants=quants, certificate="none"))
+    ggufs = sorted(name for name in waited if name.endswith(".gguf"))
+    assert ggufs == [f"model-{label}.gguf" for label in synced]
+
+
+def test_a_file_that_cannot_reach_the_disk_leaves_nothing(
+    run: Path, options: ExportOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", _raise(OSError(errno.ENOSPC, "No space left on device")))
+    for quants in ("f16", "q8_0", "q8_0,f16"):
+        with pytest.raises(DiskError, match="free space"):
+            export(run, tmp_path / "out", options._replace(quants=quants, certificate="none"))
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_made_is_a_disk_error(tmp_path: Path) -> None:
