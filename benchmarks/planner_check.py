@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "so8t_train" / "reference" / "fit.yaml"
 TOLERANCE = 0.15
+SMALL_PASSES: dict[str, Any] = {"micro_batch_size": 4, "gradient_accumulation_steps": 4}
 
 
 def reference(_directory: Path) -> dict[str, Any]:
@@ -37,11 +38,7 @@ def reference(_directory: Path) -> dict[str, Any]:
 
 def checkpointed(_directory: Path) -> dict[str, Any]:
     """The reference with gradient checkpointing and small micro-batches."""
-    return {
-        "gradient_checkpointing": True,
-        "micro_batch_size": 4,
-        "gradient_accumulation_steps": 4,
-    }
+    return {"gradient_checkpointing": True} | SMALL_PASSES
 
 
 def random_base(directory: Path, family: str, **sizes: Any) -> str:
@@ -72,9 +69,7 @@ def float_qwen(directory: Path) -> dict[str, Any]:
             directory, "qwen3", hidden=512, layers=12, tied=False, spare_rows=31552
         ),
         "load_in_8bit": False,
-        "micro_batch_size": 4,
-        "gradient_accumulation_steps": 4,
-    }
+    } | SMALL_PASSES
 
 
 def checkpointed_qwen(directory: Path) -> dict[str, Any]:
@@ -91,10 +86,18 @@ def fused_phi(directory: Path) -> dict[str, Any]:
     """A random Phi 3, 8-bit, joined projections. No constant was chosen by its result."""
     return {
         "base_model": random_base(directory, "phi3", hidden=640, layers=10, spare_rows=31552),
-        "micro_batch_size": 4,
-        "gradient_accumulation_steps": 4,
         "max_length": 512,
-    }
+    } | SMALL_PASSES
+
+
+def four_bit(_directory: Path) -> dict[str, Any]:
+    """The reference on a 4-bit base. No constant was chosen by its result."""
+    return {"load_in_8bit": False, "load_in_4bit": True} | SMALL_PASSES
+
+
+def four_bit_checkpointed(_directory: Path) -> dict[str, Any]:
+    """The reference on a 4-bit base, checkpointed. No constant was chosen by its result."""
+    return four_bit(_directory) | {"gradient_checkpointing": True}
 
 
 CONFIGURATIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -104,6 +107,8 @@ CONFIGURATIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "qwen3-float": float_qwen,
     "qwen2-checkpointed": checkpointed_qwen,
     "phi3": fused_phi,
+    "reference-4bit": four_bit,
+    "reference-4bit-checkpointed": four_bit_checkpointed,
 }
 
 

@@ -103,11 +103,17 @@ def read_shape(source: BaseModelSource, trust_remote_code: bool = False) -> Mode
 def loaded_shape(source: BaseModelSource, model: Any) -> ModelShape:
     """``read_shape`` of a transformers ``model`` in memory, adapters and gates inside or not."""
     tensors = {
-        name.replace(".base_layer.", "."): tuple(parameter.shape)
+        name.replace(".base_layer.", "."): _unpacked_shape(parameter)
         for name, parameter in model.named_parameters()
         if not _ADDED.search(name)
     }
     return _shape(source, model.config, tensors)
+
+
+def _unpacked_shape(parameter: Any) -> tuple[int, ...]:
+    """Of the matrix that a parameter stands for: a 4-bit weight is a column of packed codes."""
+    state = getattr(parameter, "quant_state", None)
+    return tuple(parameter.shape if state is None else state.shape)
 
 
 def _shape(

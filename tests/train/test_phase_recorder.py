@@ -123,6 +123,7 @@ def test_a_peak_that_is_over_before_the_phase_ends_is_seen_and_not_again() -> No
     [
         ("llama", {"load_in_8bit": True}),
         ("llama", {"rotation_gates": False}),
+        ("llama", {"load_in_4bit": True}),
         ("qwen3", {}),
         ("phi3", {"load_in_8bit": True}),
         ("gemma2", {}),
