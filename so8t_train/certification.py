@@ -81,7 +81,7 @@ class ExportedFile(NamedTuple):
     """A written file, its format's label, and what its runtime says on the calibration cases.
 
     ``parts`` are in order. ``outputs`` is None where nothing was run. ``importance`` says whether
-    the quantizer was given an importance matrix.
+    the quantizer was given an importance matrix. ``sha256`` (hex) is the first part's, if known.
     """
 
     parts: list[Path]
@@ -89,6 +89,7 @@ class ExportedFile(NamedTuple):
     kept: bool
     outputs: Outputs | None
     importance: bool = False
+    sha256: str | None = None
 
 
 def weight_evidence(
@@ -320,7 +321,7 @@ def _file_entry(file: ExportedFile, found: Difference | None) -> FileEntry:
         file=first.name,
         format=file.label,
         bytes=sum(part.stat().st_size for part in file.parts),
-        sha256=file_sha256(first),
+        sha256=file.sha256 or file_sha256(first),
         further_parts={part.name: file_sha256(part) for part in further},
         kept=file.kept,
         importance_matrix=file.importance,

@@ -2,25 +2,18 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import torch
 
-from so8t_eval.backends.base import Backend
 from so8t_eval.backends.cpu_threads import default_threads
-from so8t_eval.backends.llamacpp import LlamaCppBackend
-from so8t_eval.backends.torch_hf import open_hf_dir
 from so8t_eval.errors import UsageError
 from so8t_train.calibration import (
     DEFAULT_CASES,
     DEFAULT_FILE,
     DEFAULT_IMPORTANCE_CASES,
     DEFAULT_IMPORTANCE_FILE,
-    CalibrationSet,
-    Outputs,
-    backend_outputs,
     load_calibration,
 )
 from so8t_train.certificate import (
@@ -41,13 +34,12 @@ from so8t_train.certification import (
     weight_evidence,
 )
 from so8t_train.config import MergeBase, merge_base_problem
+from so8t_train.export_files import ExportJob, write_ggufs, write_hf
 from so8t_train.export_staging import check_target, staged, temporary_sibling
 from so8t_train.float_files import (
     FLOAT_KINDS,
     checked_weights,
-    facts_of,
     raise_failed,
-    run_config,
     write_float_gguf,
     write_quantizer_source,
 )
@@ -55,13 +47,9 @@ from so8t_train.gguf_export import (
     Progress,
     check_gguf_base,
     disk_error,
-    sync_file,
 )
-from so8t_train.gguf_split import parse_size, split_gguf
-from so8t_train.hf_export import WEIGHTS, write_hf_directory
-from so8t_train.importance import ImportanceMatrix
-from so8t_train.lazy_weights import LazyWeights
-from so8t_train.merged_model import OpenRun, merged_weights, open_run
+from so8t_train.gguf_split import parse_size
+from so8t_train.merged_model import merged_weights, open_run
 from so8t_train.quantization import (
     FLOAT_FORMATS,
     FORMATS,
@@ -70,6 +58,7 @@ from so8t_train.quantization import (
     parse_quants,
     quantize_gguf,
 )
+from so8t_train.unfinished_export import check_unfinished, unfinished_export
 
 DEFAULT_QUANTS: Final = {"gguf": "f16,q8_0", "hf": "f32"}
 
@@ -93,6 +82,8 @@ class ExportOptions(NamedTuple):
     imatrix_file: Path | None = None
     """Cases to collect it on. None: the shipped training cases."""
     imatrix_cases: int = DEFAULT_IMPORTANCE_CASES
+    resume: bool = False
+    """Go on with an unfinished export."""
 
 
 _DEFAULTS: Final = ExportOptions()
@@ -106,24 +97,6 @@ class ExportResult(NamedTuple):
     seconds: float
 
 
-class _Job(NamedTuple):
-    """One export in progress."""
-
-    run: OpenRun
-    merge_base: MergeBase
-    merged: LazyWeights
-    quants: list[QuantFormat]
-    level: CertificateLevel
-    calibration: CalibrationSet | None
-    importance_cases: CalibrationSet | None
-    weights: WeightEvidence
-    tolerances: Tolerances
-    threads: int
-    split_bytes: int | None
-    report: Callable[[str], None]
-    progress: Progress
-
-
 def export(
     run_directory: Path,
     directory: Path,
@@ -133,11 +106,14 @@ def export(
 ) -> ExportResult:
     """Write a certified export of a run to ``directory``, whole or not at all.
 
-    A failed certificate is left there as ``certificate.failed.json``, and nothing else. ``report``
-    is told what is being done, line by line, and ``progress`` the share of a file that is written.
+    A failed certificate is left there as ``certificate.failed.json``, and nothing else. Any other
+    failure, or an interrupt, keeps GGUF files that are whole in ``unfinished_directory``, for
+    ``resume``. ``report`` is told what is being done, line by line, and ``progress`` the share of a
+    file that is written.
 
     Raises:
-        UsageError: wrong options, or ``directory`` holds something else.
+        UsageError: wrong options, or ``directory`` holds something else, or there is an unfinished
+            export that is not to be resumed or is another one.
         ModelFileError: a part of the run or its base is missing or altered.
         ExportError: the certificate failed, naming layer or file; or the base is not supported.
         DiskError: a file could not be written.
@@ -146,6 +122,8 @@ def export(
     quants = _quants(options)
     split_bytes = _split_bytes(options)
     check_target(directory)
+    if options.format == "gguf":
+        check_unfinished(directory, resume=options.resume)
     job = _prepare(
         run_directory, quants, options, split_bytes=split_bytes, report=report, progress=progress
     )
@@ -161,18 +139,33 @@ def export(
             importance_cases=job.importance_cases,
         )
         _require(job, variants, [], directory)
-    with staged(directory) as stage:
-        if options.format == "hf":
-            files = _write_hf(job, stage)
-        else:
+    if options.format == "hf":
+        with staged(directory) as stage:
+            certificate = _finish(job, variants, write_hf(job, stage), directory, stage)
+    else:
+        with unfinished_export(
+            directory, job.making, resume=options.resume, report=report
+        ) as unfinished:
             importance = variants[job.merge_base].importance if variants else None
-            files = _write_ggufs(job, stage, importance)
-        certificate = _require(job, variants, files, directory)
-        for file in files:
-            if not file.kept:
-                file.parts[0].unlink()
-        write_certificate(stage / CERTIFICATE, certificate)
+            files = write_ggufs(job, unfinished, importance)
+            certificate = _finish(job, variants, files, directory, unfinished.directory)
     return ExportResult(directory, certificate, time.monotonic() - started)
+
+
+def _finish(
+    job: ExportJob,
+    variants: dict[MergeBase, Variant],
+    files: list[ExportedFile],
+    directory: Path,
+    stage: Path,
+) -> Certificate:
+    """Judge what was written, drop what does not stay, and leave the certificate."""
+    certificate = _require(job, variants, files, directory)
+    for file in files:
+        if not file.kept:
+            file.parts[0].unlink()
+    write_certificate(stage / CERTIFICATE, certificate)
+    return certificate
 
 
 def export_reference_gguf(run_directory: Path, out_path: Path, quant: str = "q8_0") -> Path:
@@ -226,7 +219,7 @@ def _prepare(
     split_bytes: int | None,
     report: Callable[[str], None],
     progress: Progress,
-) -> _Job:
+) -> ExportJob:
     with_importance = _wants_importance(options, quants)
     threads = options.threads or default_threads()
     if options.threads is not None:
@@ -258,7 +251,7 @@ def _prepare(
     if options.certificate != "none":
         report(f"merging LoRA and folding rotation gates into the {merge_base} base, and checking")
         evidence = weight_evidence(run, merged, merge_base, tolerances)
-    return _Job(
+    return ExportJob(
         run=run,
         merge_base=merge_base,
         merged=merged,
@@ -302,68 +295,8 @@ def _wants_importance(options: ExportOptions, quants: list[QuantFormat]) -> bool
     return True
 
 
-def _write_ggufs(job: _Job, stage: Path, importance: ImportanceMatrix | None) -> list[ExportedFile]:
-    """Write, run and split every format; what only served others is deleted at the end."""
-    files: list[ExportedFile] = []
-    whole: list[Path] = []
-    source: Path | None = None
-    quants = job.quants
-    if any(quant.name not in FLOAT_FORMATS for quant in quants):
-        job.report("writing the float file to quantize from")
-        source, wide = write_quantizer_source(stage, job.run, job.merged, job.progress)
-        if wide in quants:
-            sync_file(source)
-        quants = [wide, *(quant for quant in quants if quant != wide)]
-    for quant in quants:
-        path = stage / f"model-{quant.label}.gguf"
-        matrix = importance if quant.uses_importance else None
-        if path != source:
-            job.report(f"writing {path.name}")
-            if quant.name in FLOAT_FORMATS:
-                write_float_gguf(path, job.run, job.merged, quant, job.progress)
-            elif source is not None:
-                quantize_gguf(source, path, quant, job.threads, job.progress, importance=matrix)
-        kept = quant in job.quants
-        outputs = _outputs(job, path.name, partial(_llama, job, path))
-        parts = split_gguf(path, job.split_bytes) if kept and job.split_bytes else [path]
-        if kept or outputs is not None:
-            files.append(ExportedFile(parts, quant.label, kept, outputs, matrix is not None))
-        if path not in parts or not (kept or outputs is not None):
-            whole.append(path)
-    for path in whole:
-        path.unlink()
-    return files
-
-
-def _llama(job: _Job, path: Path) -> Backend:
-    return LlamaCppBackend(path, threads=job.threads, exact=True)
-
-
-def _write_hf(job: _Job, stage: Path) -> list[ExportedFile]:
-    quant = job.quants[0]
-    job.report(f"writing a Hugging Face model ({quant.label})")
-    write_hf_directory(
-        stage,
-        job.run,
-        job.merged,
-        config=run_config(job.run, job.merged),
-        kind=FLOAT_KINDS[quant.name],
-        facts=facts_of(job.run),
-    )
-    outputs = _outputs(job, WEIGHTS, lambda: open_hf_dir(stage, threads=job.threads))
-    return [ExportedFile([stage / WEIGHTS], quant.label, True, outputs)]
-
-
-def _outputs(job: _Job, name: str, opened: Callable[[], Backend]) -> Outputs | None:
-    """What a file says on the calibration cases; None where there are none."""
-    if job.calibration is None:
-        return None
-    job.report(f"running {len(job.calibration.cases)} cases on {name}")
-    return backend_outputs(opened(), name, job.calibration, job.run.tokenizer)
-
-
 def _require(
-    job: _Job,
+    job: ExportJob,
     variants: dict[MergeBase, Variant],
     files: list[ExportedFile],
     directory: Path,

@@ -41,11 +41,20 @@ def staged(directory: Path) -> Iterator[Path]:
     """
     with temporary_sibling(directory) as stage:
         yield stage
-        try:
-            _clear(directory)
-            stage.replace(directory.absolute())
-        except OSError as error:
-            raise disk_error(directory, error) from error
+        put_in_place(stage, directory)
+
+
+def put_in_place(stage: Path, directory: Path) -> None:
+    """Give a finished directory its name; the report of a failed export there goes.
+
+    Raises:
+        DiskError: it cannot.
+    """
+    try:
+        _clear(directory)
+        stage.replace(directory.absolute())
+    except OSError as error:
+        raise disk_error(directory, error) from error
 
 
 @contextmanager

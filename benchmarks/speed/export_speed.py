@@ -1,6 +1,6 @@
 """Time and peak memory of ``so8t-train export`` against merging with PEFT and converting.
 
-Run: python benchmarks/speed/export_speed.py [--parameters 1e9] [--rounds 3] [--threads 2] [--directory DIR]
+Run: python benchmarks/speed/export_speed.py [--parameters 1e9] [--rounds 3] [--threads 2]
 
 Both make a Q8_0 GGUF of the same random Llama-shaped base (bfloat16, sharded, tied embeddings) and
 the same random adapter, each step in a process of its own whose peak resident set the system counts
@@ -11,7 +11,8 @@ the same random adapter, each step in a process of its own whose peak resident s
   tensor to gguf's writer as float16, llama.cpp's quantizer at its defaults. It leaves gates and
   verdict rows out, so it has less to do. Its memory is that of its largest step.
 
-Needs about 6 bytes of disk per parameter. Prints medians as a Markdown table; writes nothing that stays.
+Needs about 6 bytes of disk per parameter (``--directory DIR``: there). Prints medians as a Markdown
+table; writes nothing that stays.
 """
 
 import argparse

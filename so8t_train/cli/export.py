@@ -80,6 +80,12 @@ import click
     help="Number of cases to take of it, verdicts in proportion.",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with an export to this directory that was interrupted or failed: GGUF files that "
+    "are whole are not made or run again.",
+)
 def export(
     *,
     run: Path,
@@ -95,13 +101,15 @@ def export(
     imatrix_file: Path | None,
     imatrix_cases: int,
     threads: int | None,
+    resume: bool,
 ) -> None:
     """Fold a run into one GGUF per quantization.
 
     RUN is a directory written by so8t-train fit. LoRA is merged and the rotation gates are folded,
     so the files are ordinary models for any llama.cpp program. certificate.json states how exactly;
     an export that fails it leaves no model behind. Weights are read, merged and written one block
-    of rows at a time.
+    of rows at a time. An interrupted export keeps its whole GGUF files beside the directory, for
+    the same command with --resume.
     """
     from so8t_train.cli.export_progress import ExportProgress, result_lines
     from so8t_train.export import ExportOptions
@@ -119,6 +127,7 @@ def export(
         imatrix,
         imatrix_file,
         imatrix_cases,
+        resume,
     )
     with ExportProgress() as shown:
         result = run_export(run, output_dir, options, shown.news, shown.share)

@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import filelock
 import pytest
 import torch
 import transformers
@@ -19,15 +20,17 @@ from support.export_run import calibration_file, make_base, make_run
 
 from so8t_eval.backends.llamacpp import LlamaCppBackend
 from so8t_eval.backends.registry import open_backend, parse_model
-from so8t_eval.errors import BackendError, DiskError, UsageError
+from so8t_eval.errors import BackendError, DiskError, ExportError, UsageError
 from so8t_eval.file_hash import file_sha256
 from so8t_eval.labels import VERDICT_TOKENS
 from so8t_train import export as export_module
+from so8t_train import export_files
 from so8t_train.certificate import Certificate
 from so8t_train.cli import main
 from so8t_train.export import ExportOptions, export, export_reference_gguf
 from so8t_train.export_staging import staged
 from so8t_train.gguf_export import Float16RangeError
+from so8t_train.unfinished_export import unfinished_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
@@ -156,22 +159,133 @@ def test_a_hugging_face_export_has_one_float_format(
         export(run, tmp_path / "out", options._replace(format="hf", quants=quants))
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), BackendError("llama.cpp failed"), MemoryError()]
-)
-def test_an_interrupted_export_leaves_nothing(
+INTERRUPTS = [KeyboardInterrupt(), BackendError("llama.cpp failed"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", INTERRUPTS)
+def test_an_interrupt_before_the_first_whole_file_leaves_nothing(
     run: Path,
     error: BaseException,
     options: ExportOptions,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export_module, "quantize_gguf", _raise(error))
+    monkeypatch.setattr(export_files, "write_quantizer_source", _raise(error))
     with pytest.raises(type(error)):
         export(run, tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(export_module, "quantize_gguf", _raise(error))
     with pytest.raises(type(error)):
         export_reference_gguf(run, tmp_path / "reference.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Interrupted(NamedTuple):
+    """An export that was interrupted, and what it was told to do."""
+
+    target: Path
+    options: ExportOptions
+    kept: Path
+
+
+@pytest.fixture
+def interrupted(
+    run: Path, options: ExportOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> _Interrupted:
+    """Interrupted after F16 and BF16 are whole and run, in the middle of Q8_0."""
+    wanted = options._replace(quants="f16,bf16,q8_0")
+
+    def half(_source: Path, target: Path, *_arguments: Any, **_named: Any) -> None:
+        target.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export_files, "quantize_gguf", half)
+        with pytest.raises(KeyboardInterrupt):
+            export(run, tmp_path / "out", wanted)
+    return _Interrupted(tmp_path / "out", wanted, unfinished_directory(tmp_path / "out"))
+
+
+def _files(directory: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in directory.glob("*.gguf")}
+
+
+@pytest.mark.parametrize("error", INTERRUPTS)
+def test_a_resumed_export_makes_only_what_is_missing(
+    run: Path,
+    error: BaseException,
+    interrupted: _Interrupted,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target, options, kept = interrupted
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+    again = options._replace(resume=True)
+    lines: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(export_files, "quantize_gguf", _raise(error))
+        with pytest.raises(type(error)):  # once more: nothing is lost by it
+            export(run, target, again, lines.append)
+    assert "kept in" in lines[-1]
+    assert "--resume" in lines[-1]
+    lines.clear()
+    result = export(run, target, again, lines.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    made = [line for line in lines if line.startswith(("writing", "running"))]
+    assert made == ["writing model-Q8_0.gguf", "running 9 cases on model-Q8_0.gguf"]
+    whole = export(run, tmp_path / "whole", options)
+    assert _files(target) == _files(tmp_path / "whole")
+    assert sorted(path.name for path in target.iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+    assert result.certificate == whole.certificate
+
+
+def test_an_unfinished_export_is_not_touched_unasked(run: Path, interrupted: _Interrupted) -> None:
+    target, options, kept = interrupted
+    before = _files(kept)
+    with pytest.raises(UsageError, match="add --resume to go on with it, or delete it"):
+        export(run, target, options)
+    others = {
+        "--quant": options._replace(quants="f16"),
+        "--split-max-size": options._replace(split_max_size="1G"),
+    }
+    for name, other in others.items():
+        with pytest.raises(UsageError, match=f"differs in {name};"):
+            export(run, target, other._replace(resume=True))
+    assert _files(kept) == before
+    lock = filelock.FileLock(kept / "export.lock")
+    with lock, pytest.raises(UsageError, match="another process is exporting there"):
+        export(run, target, options._replace(resume=True))
+    assert _files(kept) == before
+
+
+def test_a_damaged_file_of_an_unfinished_export_is_made_again(
+    run: Path, interrupted: _Interrupted, tmp_path: Path
+) -> None:
+    target, options, kept = interrupted
+    with (kept / "model-BF16.gguf").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last[0] ^ 1]))
+    (kept / "model-F16.gguf").unlink()
+    lines: list[str] = []
+    export(run, target, options._replace(resume=True), lines.append)
+    assert [line.split()[0] for line in lines if "is damaged" in line] == [
+        "model-F16.gguf",
+        "model-BF16.gguf",
+    ]
+    export(run, tmp_path / "whole", options)
+    assert _files(target) == _files(tmp_path / "whole")
+
+
+def test_a_failed_certificate_leaves_no_unfinished_export(
+    run: Path, options: ExportOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_files, "backend_outputs", _raise(ExportError("other tokens")))
+    with pytest.raises(ExportError):
+        export(run, tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,17 +298,15 @@ def test_a_full_disk_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("quants", "synced"), [("q8_0", ["Q8_0"]), ("q8_0,f16", ["F16", "Q8_0"]), ("bf16", ["BF16"])]
-)
+@pytest.mark.parametrize("labels", [["Q8_0"], ["F16", "Q8_0"], ["BF16"]])
 def test_what_is_kept_is_on_the_disk_before_it_gets_its_name(
     run: Path,
-    quants: str,
-    synced: list[str],
+    labels: list[str],
     options: ExportOptions,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    quants = ",".join(labels).lower()
     waited: list[str] = []
 
     def fsync(descriptor: int) -> None:
@@ -205,7 +317,7 @@ def test_what_is_kept_is_on_the_disk_before_it_gets_its_name(
     monkeypatch.setattr(os, "fsync", fsync)
     export(run, tmp_path / "out", options._replace(quants=quants, certificate="none"))
     ggufs = sorted(name for name in waited if name.endswith(".gguf"))
-    assert ggufs == [f"model-{label}.gguf" for label in synced]
+    assert ggufs == [f"model-{label}.gguf" for label in labels]
 
 
 def test_a_file_that_cannot_reach_the_disk_leaves_nothing(
@@ -213,7 +325,7 @@ def test_a_file_that_cannot_reach_the_disk_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(os, "fsync", _raise(OSError(errno.ENOSPC, "No space left on device")))
     for quants in ("f16", "q8_0", "q8_0,f16"):
-        with pytest.raises(DiskError, match="free space"):
+        with pytest.raises(DiskError, match="No space left on device"):
             export(run, tmp_path / "out", options._replace(quants=quants, certificate="none"))
         assert list(tmp_path.iterdir()) == []
 
