@@ -214,7 +214,7 @@ def parse_case(source: Path, number: int | None, line: bytes) -> Case:
 def json_problem(error: ValueError | RecursionError) -> str:
     """Say why one line of a file is no JSON, by its column."""
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} at column {error.colno}"
+        return f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     return f"not valid JSON: {error}"
 
 

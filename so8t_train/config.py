@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from so8t_eval.cases import describe
 from so8t_eval.errors import ConfigError
@@ -38,7 +46,8 @@ class FitConfig(BaseModel):
 
     # -- what is trained, on what ------------------------------------------------------------
     base_model: str
-    """``embedded:smollm2-135m-instruct``, a GGUF file, a Hugging Face directory, or a hub id."""
+    """``embedded:smollm2-135m-instruct``, a GGUF file or Hugging Face directory (relative to this
+    file, or to the working directory), or a hub id."""
     train_file: tuple[Path, ...]
     """JSONL case files to train on; relative to this configuration file."""
     dev_file: tuple[Path, ...] = ()
@@ -158,6 +167,14 @@ class FitConfig(BaseModel):
     def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str | Path) else value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        takes_bool = cls.model_fields[str(info.field_name)].annotation is bool
+        if isinstance(value, bool) and not takes_bool:
+            raise ValueError(f"expected no true or false here; found {str(value).lower()}")
+        return value
+
     @model_validator(mode="after")
     def _phases_rise_and_files_given(self) -> "FitConfig":
         middle, late = self.pet_phase_starts
@@ -236,7 +253,7 @@ def merge_base_problem(config: FitConfig, merge_base: MergeBase) -> str | None:
 
 
 def load_config(path: Path | str) -> FitConfig:
-    """Read a YAML configuration; case-file paths become absolute (relative to the file).
+    """Read a YAML configuration; paths but ``output_dir`` become absolute (relative to the file).
 
     Raises:
         ConfigError: missing file, broken YAML, unknown key, wrong type or range.
@@ -248,16 +265,22 @@ def load_config(path: Path | str) -> FitConfig:
         raise ConfigError(
             f"{source}: no such file; give the path of a YAML configuration"
         ) from error
+    except IsADirectoryError as error:
+        raise ConfigError(
+            f"{source}: expected a YAML configuration, found a directory; give the path of the file"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{source}: expected 'key: value' lines, found {type(raw).__name__}")
+        found = "none" if raw is None else type(raw).__name__
+        raise ConfigError(f"{source}: expected 'key: value' lines, found {found}")
     config = parse_config(raw, str(source))
     root = source.resolve().parent
     return config.model_copy(
         update={
+            "base_model": _base(config.base_model, root),
             "train_file": tuple(root / file for file in config.train_file),
             "dev_file": tuple(root / file for file in config.dev_file),
             "replay_file": tuple(
@@ -266,6 +289,11 @@ def load_config(path: Path | str) -> FitConfig:
             "init_from": _origin(config.init_from, root),
         }
     )
+
+
+def _base(name: str, root: Path) -> str:
+    """A local base model's path: relative to the file, or as it is where nothing is there."""
+    return str(root / name) if (root / name).exists() else name
 
 
 def _origin(init_from: Path | None, root: Path) -> Path | None:

@@ -9,7 +9,8 @@ pass, and weighs every process alike, whereas here losses are divided by totals 
 import atexit
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -111,6 +112,17 @@ class DataParallel:
 
         self.together(if_main)
         return result
+
+    @contextmanager
+    def held_by_main(self, hold: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Stay inside of ``hold()`` in the main process, and only there.
+
+        Raises:
+            DivergedError, BackendError: it could not be entered, seen from the others.
+        """
+        with ExitStack() as stack:
+            self.on_main(lambda: stack.enter_context(hold()))
+            yield
 
     def from_main(self, work: Callable[[], T]) -> T:
         """Like ``on_main``; its result, for all."""

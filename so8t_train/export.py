@@ -194,7 +194,8 @@ def export_reference_gguf(run_directory: Path, out_path: Path, quant: str = "q8_
 
 
 def _quants(options: ExportOptions) -> list[QuantFormat]:
-    quants = parse_quants(options.quants or DEFAULT_QUANTS[options.format])
+    asked = DEFAULT_QUANTS[options.format] if options.quants is None else options.quants
+    quants = parse_quants(asked)
     if options.format == "hf" and (len(quants) > 1 or quants[0].name not in FLOAT_KINDS):
         raise UsageError(
             f"--quant: expected one of {', '.join(FLOAT_KINDS)} with --format hf, found "

@@ -3,6 +3,7 @@
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -33,12 +34,14 @@ from so8t_train.dev_evaluation import (
 )
 from so8t_train.emergency import saved_on_failure
 from so8t_train.heap import freed_blocks_returned
+from so8t_train.model_shape import read_shape
 from so8t_train.operating_points import OperatingPoint, operating_points
 from so8t_train.phase_recorder import PhaseRecorder
 from so8t_train.quantized_layers import use_training_kernels
 from so8t_train.replay import REPLAYED, load_fit_cases
 from so8t_train.run_dir import MANIFEST, read_manifest, save_run
 from so8t_train.safety_model import SafetyModel, build_safety_model
+from so8t_train.start_checks import check_device, check_shape, sole_fit
 from so8t_train.step_report import StepReport, TrainingHooks
 from so8t_train.stop_signals import stop_signals
 from so8t_train.trainer import CHECKPOINTS, Trainer
@@ -90,8 +93,16 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
         BackendError, DiskError: training or saving failed; an emergency checkpoint was saved if
             there was a whole step to save.
     """
-    started = time.monotonic()
     parallel = join_processes(config)
+    check_device(config)
+    with parallel.held_by_main(partial(sole_fit, config.output_dir)):
+        return _fit(config, resume=resume, reporter=reporter, parallel=parallel)
+
+
+def _fit(
+    config: FitConfig, *, resume: Resume, reporter: FitReporter, parallel: DataParallel
+) -> FitResult:
+    started = time.monotonic()
     config = parallel.whole_step(config)
     if not parallel.is_main:
         reporter = FitReporter(lambda _news: None, lambda _report, _memory: None)
@@ -119,6 +130,8 @@ def fit(config: FitConfig, *, resume: Resume, reporter: FitReporter) -> FitResul
     )
     logs = parallel.on_main(lambda: _open_logs(trainer))
     phases.begin(directory, resumed=resumed)
+    if resume is True and not resumed:
+        reporter.news(f"no checkpoint in {directory}: starting at step 1")
     if resumed:
         reporter.news(
             f"resumed after step {trainer.step} of {trainer.total_steps} (session {session})"
@@ -231,6 +244,7 @@ def _load(
     config: FitConfig, reporter: FitReporter, parallel: DataParallel, phases: PhaseRecorder
 ) -> _Start:
     source = resolve_base(config.base_model)
+    check_shape(config, read_shape(source, config.trust_remote_code))
     directory = origin_directory(config)
     if config.freeze == "safe" and directory is None:
         raise ConfigError(
@@ -337,8 +351,6 @@ def _clear_leftovers(directory: Path) -> None:
 
 
 def _check_directory(directory: Path, resume: Resume) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"output_dir: {directory} is a file; choose another output_dir")
     if (directory / MANIFEST).is_file():
         raise ConfigError(
             f"output_dir: {directory} holds a finished run; choose another output_dir, or move it "

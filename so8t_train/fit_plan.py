@@ -16,6 +16,7 @@ from so8t_train.memory_plan import Device, MemoryPlan, Setting, lora_parameters,
 from so8t_train.model_shape import ModelShape, locate_base, read_shape
 from so8t_train.pass_sizes import PassSize, fit_passes
 from so8t_train.replay import load_fit_cases
+from so8t_train.start_checks import check_device, check_shape
 from so8t_train.training_data import (
     TrainingExample,
     TrainingSet,
@@ -88,8 +89,10 @@ def plan_fit(config: FitConfig) -> FitPlan:
     Raises:
         ConfigError, CaseFileError, ModelFileError: as a fit would, for what is missing or broken.
     """
+    check_device(config)
     around = surroundings(config)
     planner = _Planner(config, locate_base(config.base_model), around)
+    check_shape(config, planner.shape)
     memory, work = planner.outlook(config)
     return FitPlan(
         config,

@@ -50,6 +50,7 @@ def write_hf_directory(
         directory.mkdir(parents=True, exist_ok=True)
         own.save_pretrained(directory)
         save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+        (directory / WEIGHTS).chmod(0o644)  # made readable by its owner alone
         extended = extended_tokenizer(run.tokenizer, facts.verdict_ids)
         _write(directory / "tokenizer.json", extended.to_str(pretty=True))
         _write(directory / "tokenizer_config.json", json.dumps(_tokenizer_config(run), indent=2))

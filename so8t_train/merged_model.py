@@ -12,7 +12,7 @@ from torch import Tensor
 
 from so8t_eval.backends.hf_tokenizer import HfTokenizer
 from so8t_eval.errors import ExportError, ModelFileError
-from so8t_train.base_model import load_tokenizer, resolve_base
+from so8t_train.base_model import load_tokenizer
 from so8t_train.base_weights import (
     EMBEDDING,
     OUTPUT,
@@ -35,6 +35,7 @@ from so8t_train.run_dir import (
     RunManifest,
     read_manifest,
     read_tensors,
+    run_base,
 )
 from so8t_train.safety_model import GateTensors
 
@@ -96,12 +97,7 @@ def open_run(directory: Path) -> OpenRun:
         ExportError: the adapter does not fit the base.
     """
     manifest = read_manifest(directory)
-    source = resolve_base(manifest.base_model)
-    if source.sha256 != manifest.base_sha256:
-        raise ModelFileError(
-            f"{source.path}: expected the base the run was trained on (sha256 "
-            f"{manifest.base_sha256[:12]}…), found {source.sha256[:12]}…; use the original files"
-        )
+    source = run_base(directory, manifest)
     base = read_base_weights(source)
     tokenizer = load_tokenizer(source) if base.reader is None else tokenizer_from_gguf(base.reader)
     if tokenizer.protocol.hash != manifest.protocol_hash:

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 from so8t_eval.case_sampling import stratified_sample
 from so8t_eval.cases import Case
+from so8t_eval.errors import ConfigError
 from so8t_train.config import SHIPPED_CORPUS, FitConfig
 from so8t_train.training_data import load_training_cases
 
@@ -38,6 +39,7 @@ def load_fit_cases(config: FitConfig) -> FitCases:
 
     Raises:
         CaseFileError: a file is missing or broken, or an id stands in two training files.
+        ConfigError: no case of ``replay_file`` can be drawn.
     """
     own = load_training_cases(config.train_file)
     if not config.replay_file:
@@ -45,6 +47,11 @@ def load_fit_cases(config: FitConfig) -> FitCases:
     known = {case.content_hash for case in own}
     sources = [shipped_corpus() if f == SHIPPED_CORPUS else f for f in config.replay_file]
     pool = [case for case in load_training_cases(sources) if case.content_hash not in known]
+    if not pool:
+        raise ConfigError(
+            "replay_file: expected cases that are not in train_file, found none; give another "
+            "file, or leave replay_file out"
+        )
     wanted = len(own) if config.replay_cases is None else config.replay_cases
     drawn = [
         case.model_copy(update={"id": f"{REPLAYED}{case.id}"})

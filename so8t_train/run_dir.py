@@ -14,7 +14,7 @@ from torch import Tensor
 
 from so8t_eval.atomic_write import atomic_path, atomic_write_text
 from so8t_eval.backends.hf_tokenizer import HfTokenizer
-from so8t_eval.errors import DiskError, ModelFileError
+from so8t_eval.errors import ConfigError, DiskError, ModelFileError
 from so8t_eval.file_hash import file_sha256
 from so8t_train.base_model import BaseModelSource, resolve_base
 from so8t_train.base_name import portable_name
@@ -114,6 +114,10 @@ def read_manifest(directory: Path) -> RunManifest:
         raise ModelFileError(
             f"{directory} is not a directory; give a run directory of so8t-train fit"
         )
+    if not (directory / MANIFEST).is_file() and any((directory / "checkpoints").glob("step-*")):
+        raise ModelFileError(
+            f"{directory} holds an interrupted fit; finish it with so8t-train fit CONFIG --resume"
+        )
     missing = [name for name in PARTS if not (directory / name).is_file()]
     if missing:
         raise ModelFileError(
@@ -146,6 +150,34 @@ def read_manifest(directory: Path) -> RunManifest:
     return manifest
 
 
+def run_base(directory: Path, manifest: RunManifest) -> BaseModelSource:
+    """The base model that a run was trained on.
+
+    A relative path is looked for in the working directory, then in those above the run.
+
+    Raises:
+        ModelFileError: it is not there, incomplete, or another than the run was trained on.
+    """
+    name = manifest.base_model
+    above = [parent / name for parent in directory.resolve().parents]
+    try:
+        source = resolve_base(name)
+    except ConfigError as error:
+        found = next((path for path in above if path.exists()), None)
+        if found is None:
+            raise ModelFileError(
+                f"{directory} was trained on the base model {name!r}, which is neither in the working "
+                "directory nor in one above the run; start where it was trained, or put the base there"
+            ) from error
+        source = resolve_base(str(found))._replace(name=name)
+    if source.sha256 != manifest.base_sha256:
+        raise ModelFileError(
+            f"{source.path}: expected the base that {directory} was trained on (sha256 "
+            f"{manifest.base_sha256[:12]}…), found {source.sha256[:12]}…; use the original files"
+        )
+    return source
+
+
 def load_run(
     directory: Path,
     *,
@@ -159,13 +191,7 @@ def load_run(
         ModelFileError: an incomplete or altered run, another base, or another protocol.
     """
     manifest = read_manifest(directory)
-    source = resolve_base(manifest.base_model)
-    if source.sha256 != manifest.base_sha256:
-        raise ModelFileError(
-            f"{directory} was trained on another base: {manifest.base_model} has sha256 "
-            f"{source.sha256[:12]}…, the run expects {manifest.base_sha256[:12]}…; use the original "
-            "base files"
-        )
+    source = run_base(directory, manifest)
     updates: dict[str, Any] = {"lora_dropout": 0.0}
     if merge_base is not None:
         updates |= {

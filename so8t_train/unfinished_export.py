@@ -147,7 +147,7 @@ def unfinished_export(
             "another directory"
         ) from None
     except OSError as error:
-        raise disk_error(directory, error) from error
+        raise disk_error(target, error) from error
     export: UnfinishedExport | None = None
     kept = True  # what another export has made is not ours to delete
     try:

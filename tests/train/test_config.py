@@ -145,7 +145,7 @@ def test_all_problems_are_reported_at_once() -> None:
     [
         ("base_model: [unclosed", "not valid YAML"),
         ("- a\n- b\n", "expected 'key: value' lines, found list"),
-        ("", "expected 'key: value' lines, found NoneType"),
+        ("", "expected 'key: value' lines, found none"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
         ("seed: 1\nseed: 2\n", "key 'seed' is given twice"),
         ("1: 2\n", "1: "),
@@ -163,7 +163,7 @@ def test_broken_file_is_named_with_the_problem(text: str, problem: str, tmp_path
 def test_missing_directory_and_undecodable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file; give the path"):
         load_config(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="expected a YAML configuration, found a directory"):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"base_model: \xff\n")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -105,3 +105,10 @@ def test_fit_learns_from_both_and_says_so(tmp_path: Path, tiny_llama: Path, old:
     assert "Trained on 18 cases, 6 of them drawn from `old.jsonl`." in card
     saved = json.loads((config.output_dir / "so8t.json").read_text(encoding="utf-8"))
     assert saved["config"]["replay_file"] == ["old.jsonl"]
+
+
+def test_a_replay_of_nothing_but_own_cases_is_an_error(tmp_path: Path) -> None:
+    config = fit_config(tmp_path, "base")
+    same = config.model_copy(update={"replay_file": config.train_file})
+    with pytest.raises(ConfigError, match="replay_file: expected cases that are not in train_file"):
+        load_fit_cases(same)
