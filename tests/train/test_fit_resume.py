@@ -13,7 +13,7 @@ import yaml
 from support.case_files import write_cases
 from support.tiny_fit import QUIET, fit_config, training_cases
 
-from so8t_eval.errors import ConfigError, DiskError
+from so8t_eval.errors import ConfigError
 from so8t_train.config import FitConfig
 from so8t_train.fit import MEMORY_LOG, TRAIN_LOG, FitReporter, fit
 from so8t_train.run_dir import ADAPTER_TENSORS, SAFETY_TENSORS, read_manifest
@@ -204,12 +204,3 @@ def test_output_directory_that_is_a_file_is_refused(whole: FitConfig, tmp_path: 
     (tmp_path / "run").write_text("in the way", encoding="utf-8")
     with pytest.raises(ConfigError, match="is a file; choose another output_dir"):
         fit(started_elsewhere(whole, tmp_path), resume=False, reporter=QUIET)
-
-
-def test_output_directory_that_cannot_be_made_is_a_disk_error(
-    whole: FitConfig, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    config = whole.model_copy(update={"output_dir": tmp_path / "file" / "run"})
-    with pytest.raises(DiskError, match="cannot create"):
-        fit(config, resume=False, reporter=QUIET)
