@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
 
@@ -46,6 +46,8 @@ class Checkpoint(NamedTuple):
     """Written because training failed, not because it was due."""
     processes: int = 1
     """How many computed its steps together."""
+    settings: Mapping[str, Any] = {}
+    """The settings that ``config_hash`` covers, to say which differ; older checkpoints have none."""
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -78,6 +80,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
             "session": checkpoint.session,
             "emergency": checkpoint.emergency,
             "processes": checkpoint.processes,
+            "settings": checkpoint.settings,
             "sha256": file_sha256(temporary / _TENSORS),
         }
         state["state_sha256"] = _state_sha256(state)
@@ -144,6 +147,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         session=str(state.get("session", "")),
         emergency=bool(state.get("emergency")),
         processes=int(state.get("processes", 1)),
+        settings=state.get("settings") or {},
     )
 
 

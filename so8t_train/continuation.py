@@ -44,13 +44,22 @@ class Movement(NamedTuple):
 
 
 def origin_directory(config: FitConfig) -> Path | None:
-    """The run directory that ``init_from`` names, ``reference`` being the shipped one."""
+    """The run directory that ``init_from`` names, ``reference`` being the shipped one.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
     if config.init_from is None:
         return None
     if str(config.init_from) == REFERENCE:
         from so8t_train.reference_model import RUN_DIRECTORY
 
         return RUN_DIRECTORY
+    if not config.init_from.is_dir():
+        raise ConfigError(
+            f"init_from: {config.init_from} is no directory; give a run directory of so8t-train "
+            f"fit, or {REFERENCE}"
+        )
     return config.init_from
 
 

@@ -11,6 +11,7 @@ from so8t_train.base_model import BaseModelSource, load_tokenizer
 from so8t_train.base_vocabulary import embedding_rows
 from so8t_train.compute_dtype import compute_dtype
 from so8t_train.config import FitConfig
+from so8t_train.continuation import origin_directory
 from so8t_train.cpu_lora import MOST_MEMORY_SHARE
 from so8t_train.memory_plan import Device, MemoryPlan, Setting, lora_parameters, plan_memory
 from so8t_train.model_shape import ModelShape, locate_base, read_shape
@@ -90,6 +91,7 @@ def plan_fit(config: FitConfig) -> FitPlan:
         ConfigError, CaseFileError, ModelFileError: as a fit would, for what is missing or broken.
     """
     check_device(config)
+    origin_directory(config)
     around = surroundings(config)
     planner = _Planner(config, locate_base(config.base_model), around)
     check_shape(config, planner.shape)

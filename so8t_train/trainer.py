@@ -41,9 +41,11 @@ from so8t_train.training_plan import (
     parameter_groups,
     pet_phases,
     schedule,
+    shaping_settings,
     total_steps,
     trainable,
     training_hash,
+    what_differs,
 )
 
 __all__ = ["CHECKPOINTS", "StepReport", "Trainer", "TrainingHooks", "enable_checkpointing"]
@@ -321,6 +323,7 @@ class Trainer:
             session=self.session,
             emergency=emergency,
             processes=self.parallel.processes,
+            settings=shaping_settings(self.config),
         )
         path = save_checkpoint(
             self.run_directory / CHECKPOINTS, checkpoint, self.config.save_total_limit
@@ -348,9 +351,9 @@ class Trainer:
         )
         if checkpoint.config_hash != self.config_hash:
             raise ConfigError(
-                f"{self.run_directory} was started with another configuration, base model or "
-                "training set (or by an SO8T version that weighs it otherwise); undo the change, "
-                "or choose another output_dir"
+                f"{self.run_directory} was started with another "
+                f"{what_differs(checkpoint.settings, shaping_settings(self.config))}; undo the "
+                "change, or choose another output_dir"
             )
         with torch.no_grad():
             for parameter, name in self.names.items():

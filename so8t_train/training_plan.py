@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -60,6 +60,22 @@ def training_hash(config: FitConfig, start_sha256: str, examples: Sequence[Train
     for example in examples:
         digest.update(repr(example).encode())
     return digest.hexdigest()
+
+
+def what_differs(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings that differ, with their values; else what else a checkpoint belongs to."""
+    changed = [
+        f"{key} ({then.get(key)}, now {now.get(key)})"
+        for key in sorted({*then, *now})
+        if then and then.get(key) != now.get(key)
+    ]
+    if changed:
+        return ", ".join(changed)
+    return (
+        "configuration, base model or training set (or by an SO8T version that weighs it otherwise)"
+        if not then
+        else "base model or training set (or by an SO8T version that reads them otherwise)"
+    )
 
 
 def trainable(model: SafetyModel, config: FitConfig) -> dict[nn.Parameter, str]:

@@ -40,6 +40,10 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     ("changes", "told"),
     [
         (
+            {"init_from": Path("nowhere")},
+            r"init_from: nowhere is no directory; give a run directory .*, or reference",
+        ),
+        (
             {"lora_target_modules": ["q_proj", "v_projj"]},
             r"lora_target_modules: expected some of .*v_proj.*, found v_projj; correct",
         ),
