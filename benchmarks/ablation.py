@@ -53,6 +53,7 @@ TRAINED: dict[str, dict[str, object]] = {
     "+ rotation gates": {**NO_PET, **NO_REPLIES},
     "+ PET": NO_REPLIES,
     "+ replies": {},
+    "gates and strong PET": {"pet_weight": 1.0, **NO_REPLIES},
 }
 MODELS = [WORDS, PROBE, *TRAINED]
 PROBED_TOGETHER = 8
