@@ -16,7 +16,8 @@ from so8t_train import gguf_export, merged_model
 from so8t_train.calibration import Difference
 from so8t_train.certificate import Tolerances, check, failures, file_checks
 from so8t_train.certification import output_residuals, weight_evidence
-from so8t_train.export import ExportOptions, export, export_reference_gguf, facts_of
+from so8t_train.export import ExportOptions, export, export_reference_gguf
+from so8t_train.float_files import facts_of
 from so8t_train.fold import composed_rotations
 from so8t_train.gguf_export import write_gguf
 from so8t_train.merged_model import merged_weights, open_run

@@ -19,7 +19,7 @@ from so8t_eval.errors import DiskError, ExportError
 from so8t_eval.labels import VERDICT_TOKENS
 from so8t_train.base_model import EMBEDDED, load_base, resolve_base
 from so8t_train.base_weights import BaseWeights, read_base_weights
-from so8t_train.export import facts_of
+from so8t_train.float_files import facts_of
 from so8t_train.gguf_export import Float16RangeError, check_gguf_base, write_gguf
 from so8t_train.gguf_layout import HeadCounts, gguf_name, hf_name, to_gguf_layout, to_hf_layout
 from so8t_train.gguf_rope import rope_tensors

@@ -27,9 +27,10 @@ from so8t_train.calibration import (
     merged_outputs,
 )
 from so8t_train.cli import main
-from so8t_train.export import ExportOptions, export, facts_of
+from so8t_train.export import ExportOptions, export
 from so8t_train.families import FAMILIES
 from so8t_train.fit import fit
+from so8t_train.float_files import facts_of
 from so8t_train.gguf_export import write_gguf
 from so8t_train.gguf_layout import HeadCounts, gguf_name, hf_name, to_gguf_layout, to_hf_layout
 from so8t_train.gguf_rope import add_rope

@@ -20,7 +20,8 @@ from so8t_train import quantization
 from so8t_train.calibration import load_calibration, merged_model
 from so8t_train.certificate import Certificate
 from so8t_train.cli import main
-from so8t_train.export import ExportOptions, export, facts_of
+from so8t_train.export import ExportOptions, export
+from so8t_train.float_files import facts_of
 from so8t_train.gguf_export import write_gguf
 from so8t_train.importance import collect_importance
 from so8t_train.merged_model import OpenRun, merged_weights, open_run

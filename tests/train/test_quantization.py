@@ -10,7 +10,7 @@ from support.export_run import make_base, make_run
 
 from so8t_eval.backends.gguf_header import read_gguf_metadata, so8t_keys
 from so8t_eval.errors import DiskError, ExportError, UsageError
-from so8t_train.export import facts_of
+from so8t_train.float_files import facts_of
 from so8t_train.gguf_export import write_gguf
 from so8t_train.merged_model import merged_weights, open_run
 from so8t_train.quantization import FLOAT_FORMATS, FORMATS, parse_quants, quantize_gguf
