@@ -46,8 +46,8 @@ def check_shape(config: FitConfig, shape: ModelShape) -> None:
             )
     if config.rotation_gates and shape.hidden % BLOCK_SIZE:
         raise ConfigError(
-            f"base_model: expected a hidden size divisible by {BLOCK_SIZE}, found {shape.hidden}; "
-            "choose another base model, or set rotation_gates: false"
+            f"base_model: expected a model whose hidden size is divisible by {BLOCK_SIZE}, found "
+            f"{shape.hidden}; choose another base model, or set rotation_gates: false"
         )
 
 

@@ -11,8 +11,7 @@ import torch
 from support.export_run import calibration_file, make_base, make_run
 
 from so8t_eval.errors import ExportError, ModelFileError
-from so8t_train import export as export_module
-from so8t_train import gguf_export, merged_model
+from so8t_train import export_files, gguf_export, merged_model
 from so8t_train.calibration import Difference
 from so8t_train.certificate import Tolerances, check, failures, file_checks
 from so8t_train.certification import output_residuals, weight_evidence
@@ -184,7 +183,7 @@ def test_a_broken_quantization_is_named(
     def confused(_source: Path, target: Path, *_: Any, **_options: Any) -> None:
         write_gguf(target, foreign, weights, "f16", facts_of(foreign))
 
-    monkeypatch.setattr(export_module, "quantize_gguf", confused)
+    monkeypatch.setattr(export_files, "quantize_gguf", confused)
     with pytest.raises(ExportError, match=r"Q8_0 mean probability difference: model-Q8_0\.gguf"):
         export(run, tmp_path / "out", options)
 

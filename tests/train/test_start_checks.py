@@ -74,7 +74,7 @@ def test_a_hidden_size_that_no_gate_fits_is_told_of_before_anything_is_loaded(
     command: Callable[[FitConfig], object], tmp_path: Path
 ) -> None:
     base = make_tiny_model(tmp_path / "base", "llama", hidden=60)
-    with pytest.raises(ConfigError, match="hidden size divisible by 8, found 60"):
+    with pytest.raises(ConfigError, match="hidden size is divisible by 8, found 60"):
         command(fit_config(tmp_path, base))
 
 
