@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import filelock
 import torch
 
 from so8t_eval.atomic_write import check_writable
 from so8t_eval.errors import ConfigError, DiskError
 from so8t_train.config import FitConfig
+from so8t_train.file_lock import held_lock
 from so8t_train.model_shape import ModelShape
 from so8t_train.so8_rotation import BLOCK_SIZE
 
@@ -62,16 +62,12 @@ def sole_fit(directory: Path) -> Iterator[None]:
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"output_dir: {directory} is a file; choose another output_dir")
     existed = directory.is_dir()
+    busy = ConfigError(
+        f"output_dir: another fit is writing {directory}; wait for it, or choose another output_dir"
+    )
     try:
         check_writable(directory / LOCK)
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(directory / LOCK)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ConfigError(
-            f"output_dir: another fit is writing {directory}; wait for it, or choose another "
-            "output_dir"
-        ) from None
+        lock = held_lock(directory / LOCK, busy)
     except DiskError as error:
         raise DiskError(f"output_dir: {error}; choose another output_dir") from error
     except OSError as error:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import filelock
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
@@ -15,6 +14,7 @@ from so8t_eval.errors import ExportError, UsageError
 from so8t_eval.file_hash import file_sha256
 from so8t_train.calibration import Outputs
 from so8t_train.export_staging import put_in_place
+from so8t_train.file_lock import held_lock
 from so8t_train.gguf_export import disk_error
 
 STATE: Final = "unfinished.json"
@@ -137,15 +137,12 @@ def unfinished_export(
     """
     check_unfinished(target, resume=resume)
     directory = unfinished_directory(target)
+    busy = UsageError(
+        f"-o {target}: another process is exporting there ({directory}); wait for it, or choose "
+        "another directory"
+    )
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(directory / _LOCK)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UsageError(
-            f"-o {target}: another process is exporting there ({directory}); wait for it, or choose "
-            "another directory"
-        ) from None
+        lock = held_lock(directory / _LOCK, busy)
     except OSError as error:
         raise disk_error(target, error) from error
     export: UnfinishedExport | None = None
