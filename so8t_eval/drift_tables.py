@@ -96,7 +96,7 @@ def _tables(report: DriftReport, most_cases: int | None) -> Iterator[DriftTable]
     if report.flipped:
         yield DriftTable(
             "Cases whose last verdict is not their first, and the step they left it at for good",
-            ["Case", "Expected", "First->last", "Flipped at", "Margin", "Shift", "All changes"],
+            ["Case", "Expected", "First -> last", "Flipped at", "Margin", "Shift", "All changes"],
             [_flipped_row(case) for case in report.flipped[:most_cases]],
         )
     if report.returned:
@@ -167,7 +167,7 @@ def _flipped_row(case: CaseEntry) -> list[str]:
     return [
         case.id,
         case.expected,
-        f"{case.first}->{case.last}",
+        f"{case.first} -> {case.last}",
         deciding.step,
         _number(deciding.margin_before),
         _number(deciding.shift) + (" noise" if deciding.noise else ""),

@@ -1,7 +1,7 @@
 """Verdicts of the live model on dev examples, and the temperature that calibrates them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,9 @@ from so8t_train.packing import pack
 from so8t_train.safety_model import SafetyModel
 from so8t_train.training_data import TrainingExample
 
-_TOKENS_PER_FORWARD = 1024
+TEMPERATURES: Final = (0.25, 10.0)
+"""Between which a temperature is fitted."""
+_TOKENS_PER_FORWARD: Final = 1024
 
 
 class DevResult(NamedTuple):
@@ -71,7 +73,7 @@ def summarize(logits: np.ndarray, labels: np.ndarray) -> DevResult:
 
 
 def fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Temperature that minimizes the negative log-likelihood of ``labels``, within [0.25, 10].
+    """Temperature that minimizes the negative log-likelihood of ``labels``, within ``TEMPERATURES``.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
     """
@@ -80,8 +82,13 @@ def fitted_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         scaled = log_softmax(logits / np.exp(log_temperature), axis=1)
         return float(-scaled[np.arange(len(labels)), labels].mean())
 
-    result = minimize_scalar(loss, bounds=(np.log(0.25), np.log(10.0)), method="bounded")
+    result = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded")
     return float(np.exp(result.x))
+
+
+def at_bound(temperature: float) -> bool:
+    """Whether a fitted temperature is an end of its range: a better one lies beyond, if any does."""
+    return bool(np.isclose(temperature, TEMPERATURES, rtol=1e-3).any())
 
 
 def _share(hits: np.ndarray) -> float | None:

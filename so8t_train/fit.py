@@ -27,6 +27,7 @@ from so8t_train.continuation import (
 from so8t_train.data_parallel import DataParallel, join_processes
 from so8t_train.dev_evaluation import (
     DevResult,
+    at_bound,
     dev_logits,
     fitted_temperature,
     labels_of,
@@ -156,7 +157,7 @@ def _fit(
         after = _dev_logits(model, dev)
         # A temperature fitted to capped logits cannot be folded into rows capped afterwards.
         hold = config.freeze == "safe" or model.softcap is not None
-        result = _calibrate(model, after, dev, hold=hold)
+        result = _calibrate(model, after, dev, hold=hold, news=reporter.news)
         seconds = time.monotonic() - started
         training = _training_summary(config, trainer, logs, dev=result, resumed=resumed)
         moved = None
@@ -319,6 +320,7 @@ def _calibrate(
     dev: Sequence[TrainingExample],
     *,
     hold: bool,
+    news: Callable[[str], None],
 ) -> DevResult | None:
     """Fit the model's temperature on the dev split unless it is to hold; its results there."""
     if logits is None:
@@ -326,6 +328,12 @@ def _calibrate(
     labels = labels_of(dev)
     if not hold:
         model.temperature = fitted_temperature(logits, labels)
+        if at_bound(model.temperature):
+            news(
+                f"warning: the temperature that calibrates the dev split best is at the end of its "
+                f"range ({model.temperature:.3g}), so probabilities are not calibrated: are its "
+                "cases few, easy, or also in train_file?"
+            )
     return summarize(logits / model.temperature, labels)
 
 
@@ -383,6 +391,7 @@ def _training_summary(
         "sessions": [] if logs is None else logs.sessions,
         "processes": trainer.parallel.processes,
         "device": str(trainer.model.device),
+        "compute_dtype": str(trainer.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "trainable_parameters": sum(p.numel() for p in trainer.names),
         "dev": dev._asdict() if dev else None,

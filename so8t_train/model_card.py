@@ -27,7 +27,6 @@ _EMBEDDED_HUB_ID: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PLACES: Final = {"train_file", "dev_file", "replay_file", "output_dir", "offload_folder"}
 _SETTINGS: Final = (
     ("load_in_8bit", "8-bit base (LLM.int8)"),
-    ("compute_dtype", "Compute dtype"),
     ("lora_r", "LoRA rank"),
     ("lora_alpha", "LoRA alpha"),
     ("lora_dropout", "LoRA dropout"),
@@ -166,6 +165,7 @@ def _training_section(facts: RunFacts) -> str:
         ("Time", _duration(training.get("seconds"))),
         ("Device", f"{_text(training.get('device'))}, {_text(training.get('threads'))} threads"),
         ("Platform", _text(facts.manifest.get("platform"))),
+        ("Compute dtype", _text(training.get("compute_dtype", config.get("compute_dtype")))),
         *_four_bit(config),
         *((label, _setting(config.get(key))) for key, label in _SETTINGS),
         ("Final commutator, rms of ‖R_cmd R_safe − R_safe R_cmd‖_F", _last_commutator(facts)),

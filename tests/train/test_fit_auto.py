@@ -11,6 +11,7 @@ from yaml import safe_dump
 from so8t_eval.errors import ConfigError, ModelFileError
 from so8t_train.checkpoint import checkpoint_directories
 from so8t_train.cli import main
+from so8t_train.compute_dtype import compute_dtype
 from so8t_train.config import FitConfig
 from so8t_train.fit import TRAIN_LOG, FitReporter, fit
 from so8t_train.run_dir import ADAPTER_TENSORS, SAFETY_TENSORS, read_manifest
@@ -88,6 +89,11 @@ def test_sessions_are_in_manifest_log_message_and_checkpoint(
     assert f"resumed after step 3 of 6 (session {second})" in second_news
     assert weight_bytes(config) == weight_bytes(whole)
     assert list(config.output_dir.rglob(".*")) == []
+
+
+def test_the_dtype_computed_in_is_in_the_manifest(whole: FitConfig) -> None:
+    expected = str(compute_dtype(whole)).removeprefix("torch.")
+    assert read_manifest(whole.output_dir).training["compute_dtype"] == expected
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(

@@ -68,6 +68,7 @@ def run_directory(tmp_path: Path) -> Path:
             "seconds": 600.0,
             "resumed": True,
             "device": "cpu",
+            "compute_dtype": "float32",
             "threads": 2,
             "trainable_parameters": 4_916_736,
             "dev": result._asdict(),
@@ -175,6 +176,7 @@ def test_training_facts_and_last_commutator_are_shown(run_directory: Path) -> No
     assert "| Final commutator, rms of ‖R_cmd R_safe − R_safe R_cmd‖_F | 0.02 |" in card
     assert "| Trainable parameters | 4,916,736 |" in card
     assert "| Time | 10 min |" in card
+    assert "| Compute dtype | float32 |" in card  # where the configuration says auto
     assert "| train | `train.jsonl` | 3 (1 / 1 / 1) |" in card
     assert "| Resumed | yes; the time is that of all its sessions |" in card
 
