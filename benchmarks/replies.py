@@ -50,12 +50,17 @@ def section(backend: Backend, cases: Sequence[Case], max_tokens: int) -> None:
     """Print every case with what the model makes of it."""
     for case in cases:
         verdict, reply = answered(backend, case, max_tokens)
-        last = case.conversation[-1].content
-        shown = last if len(last) <= LONGEST_SHOWN else last[:LONGEST_SHOWN] + " …"
         right = "" if verdict is case.verdict else " (wrong)"
-        click.echo(f"\n**{case.id}** · label {case.verdict.value} · said {verdict.value}{right}\n")
-        click.echo(f"> {escape_markdown(shown)}\n")
-        click.echo(escape_markdown(reply.strip()) or "*(nothing)*")
+        print_case(case, f" · said {verdict.value}{right}", reply)
+
+
+def print_case(case: Case, said: str, reply: str) -> None:
+    """Print the last message, what the model said of it, and its reply."""
+    last = case.conversation[-1].content
+    shown = last if len(last) <= LONGEST_SHOWN else last[:LONGEST_SHOWN] + " …"
+    click.echo(f"\n**{case.id}** · label {case.verdict.value}{said}\n")
+    click.echo(f"> {escape_markdown(shown)}\n")
+    click.echo(escape_markdown(reply.strip()) or "*(nothing)*")
 
 
 @click.command()
