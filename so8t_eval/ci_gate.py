@@ -17,6 +17,7 @@ from so8t_eval.blamed_cases import (
     wrong_cases,
 )
 from so8t_eval.comparison import pair_by_content
+from so8t_eval.counted import counted
 from so8t_eval.errors import UsageError
 from so8t_eval.gate_policy import (
     ALL_SLICES,
@@ -126,7 +127,7 @@ def evaluate(
 
 def _cases_rule(n: int, min_n: int) -> RuleResult:
     outcome = Outcome.PASS if n >= min_n else Outcome.INCONCLUSIVE
-    return RuleResult(f"at least {min_n} cases", "cases", outcome, f"{n} cases")
+    return RuleResult(f"at least {counted(min_n, 'case')}", "cases", outcome, counted(n, "case"))
 
 
 def _bound_rules(bound: BoundRule, records: Sequence[Record], seed: int) -> Iterator[RuleResult]:

@@ -13,6 +13,7 @@ from so8t_eval.backends.base import Backend, BackendInfo
 from so8t_eval.backends.registry import ModelSpec, open_backend
 from so8t_eval.backends.token_id_judge import TokenIdJudge
 from so8t_eval.cases import Case
+from so8t_eval.counted import counted
 from so8t_eval.drift import Outcomes
 from so8t_eval.drift_ladder import Ladder, floor_step
 from so8t_eval.errors import BackendError, So8tError
@@ -133,7 +134,7 @@ class _DriftRun:
         batch_tokens = int(first.info.settings["batch_tokens"]) * _OTHER_BATCH_FACTOR
         others = [("shuffled", base._replace(order="shuffled", batch_tokens=batch_tokens))]
         others += [
-            (f"{n} thread{'s' * (n > 1)}", base._replace(threads=n))
+            (counted(n, "thread"), base._replace(threads=n))
             for n in _COMPARED_THREADS
             if n != base.threads
         ]

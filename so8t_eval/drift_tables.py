@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
+from so8t_eval.counted import counted
 from so8t_eval.drift import MARGIN_BANDS
 from so8t_eval.drift_report import (
     CaseEntry,
@@ -60,8 +61,8 @@ def _heading(report: DriftReport) -> str:
     mode = "deterministic" if report.deterministic else "batched"
     threads = report.machine.threads
     return (
-        f"run {report.run}, {report.cases.n} cases of {report.cases.path}, {mode}, "
-        f"{threads} thread{'s' * (threads != 1)}"
+        f"run {report.run}, {counted(report.cases.n, 'case')} of {report.cases.path}, {mode}, "
+        f"{counted(threads, 'thread') if threads else 'threads unknown'}"
     )
 
 

@@ -14,6 +14,7 @@ from so8t_eval import __version__
 from so8t_eval.blamed_cases import BlamedCase
 from so8t_eval.case_lines import LocatedCase
 from so8t_eval.ci_gate import CiGateResult, Outcome, RuleResult
+from so8t_eval.counted import counted
 from so8t_eval.markdown_report import escape_markdown
 from so8t_eval.plain_tables import TablePrinter
 
@@ -53,7 +54,7 @@ def print_result(result: CiGateResult, printer: TablePrinter) -> None:
     )
     for rule in _not_passed(result):
         if rule.cases:
-            printer.line(f"{rule.rule}: {rule.outcome.value}, {len(rule.cases)} cases")
+            printer.line(f"{rule.rule}: {rule.outcome.value}, {counted(len(rule.cases), 'case')}")
         for case in rule.cases[:_CASES_SHOWN]:
             printer.line(f"  {case}")
         if len(rule.cases) > _CASES_SHOWN:
@@ -90,7 +91,7 @@ def as_markdown(result: CiGateResult) -> str:
     ]
     for rule in _not_passed(result):
         if rule.cases:
-            summary = f"{_html_text(rule.rule)}: {len(rule.cases)} cases"
+            summary = f"{_html_text(rule.rule)}: {counted(len(rule.cases), 'case')}"
             listed = [f"- {escape_markdown(str(case))}" for case in rule.cases[:_CASES_LISTED]]
             if len(rule.cases) > _CASES_LISTED:
                 listed.append(f"- and {len(rule.cases) - _CASES_LISTED} more")

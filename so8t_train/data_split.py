@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from so8t_eval.atomic_write import atomic_path
 from so8t_eval.case_sampling import proportional_quotas
 from so8t_eval.cases import Case
+from so8t_eval.counted import counted
 from so8t_eval.errors import DiskError, So8tError, UsageError
 from so8t_train.case_groups import CaseGroups, group_cases, near_duplicate_links, twin_links
 from so8t_train.case_strata import (
@@ -166,8 +167,8 @@ def _warnings(train: Sequence[Case], dev: Sequence[Case], groups: CaseGroups) ->
     if groups.unlinked_twins:
         shown = ", ".join(groups.unlinked_twins[:5])
         yield (
-            f"{len(groups.unlinked_twins)} cases tagged twin name no partner in this file, so they "
-            f"may be parted from it: {shown}"
+            f"{counted(len(groups.unlinked_twins), 'case')} tagged twin without a partner in this "
+            f"file, so they may be parted from it: {shown}"
         )
 
 

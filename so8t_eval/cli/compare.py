@@ -15,6 +15,7 @@ from so8t_eval.case_lines import LocatedCase
 from so8t_eval.case_lookup import cases_by_hash
 from so8t_eval.cli.shared_options import json_file_option, json_option, seed_option
 from so8t_eval.comparison import Comparison, compare_records
+from so8t_eval.counted import counted
 from so8t_eval.errors import UsageError
 from so8t_eval.metric_differences import LOWER_IS_BETTER, MetricDifference
 from so8t_eval.plain_tables import TablePrinter
@@ -144,7 +145,7 @@ def _print(
     printer = TablePrinter(Console())
     printer.line(f"base:      {runs[0].label} ({runs[0].source})")
     printer.line(f"candidate: {runs[1].label} ({runs[1].source})")
-    printer.line(f"{comparison.n} cases in both")
+    printer.line(f"{counted(comparison.n, 'case')} in both")
     if not comparison.same_protocol:
         printer.line("The runs used different protocols: differences are not the model's alone.")
     printer.table(

@@ -10,6 +10,7 @@ import click
 from so8t_eval.atomic_write import atomic_write_text
 from so8t_eval.case_import import Imported, import_cases
 from so8t_eval.cases import Case
+from so8t_eval.counted import counted
 from so8t_eval.errors import CaseFileError, UsageError
 from so8t_eval.import_layouts import (
     GENERIC_LAYOUTS,
@@ -167,7 +168,11 @@ def _check_output(output: Path, files: Sequence[Path]) -> None:
 def _check_problems(imported: Imported, skip_invalid: bool) -> None:
     problems = imported.problems
     if problems and not skip_invalid:
-        others = f"; {_rows(len(problems) - 1)} more cannot be used" if len(problems) > 1 else ""
+        others = (
+            f"; {counted(len(problems) - 1, 'row')} more cannot be used"
+            if len(problems) > 1
+            else ""
+        )
         raise UsageError(
             f"{problems[0]}{others}; nothing was written. Correct the file, or leave such rows out "
             "with --skip-invalid"
@@ -179,7 +184,7 @@ def _check_problems(imported: Imported, skip_invalid: bool) -> None:
 def _report_left_out(problems: Sequence[CaseFileError]) -> None:
     if not problems:
         return
-    click.echo(f"left out {_rows(len(problems))}:", err=True)
+    click.echo(f"left out {counted(len(problems), 'row')}:", err=True)
     for problem in problems[:_PROBLEMS_SHOWN]:
         click.echo(f"  {problem}", err=True)
     if len(problems) > _PROBLEMS_SHOWN:
@@ -189,8 +194,4 @@ def _report_left_out(problems: Sequence[CaseFileError]) -> None:
 def _counts(cases: Sequence[Case]) -> str:
     by_verdict = Counter(case.verdict for case in cases)
     parts = [f"{by_verdict[v]} {v.value}" for v in SEVERITY_ORDER if by_verdict[v]]
-    return f"{len(cases)} case{'' if len(cases) == 1 else 's'} ({', '.join(parts)})"
-
-
-def _rows(n: int) -> str:
-    return f"{n} row" if n == 1 else f"{n} rows"
+    return f"{counted(len(cases), 'case')} ({', '.join(parts)})"

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from so8t_eval.case_lines import read_located_cases, read_reference_texts
 from so8t_eval.cli.shared_options import json_option
+from so8t_eval.counted import counted
 from so8t_eval.labels import SEVERITY_ORDER
 from so8t_eval.lint_statistics import LENGTH_QUANTILES, FileStatistics, file_statistics
 from so8t_eval.linting import (
@@ -84,13 +85,13 @@ def _print(statistics: dict[str, FileStatistics], findings: Sequence[Finding]) -
     if len(findings) > _FINDINGS_SHOWN:
         printer.line(f"... and {len(findings) - _FINDINGS_SHOWN} more; --json lists all")
     errors = sum(finding.severity == "error" for finding in findings)
-    printer.line(f"{_count(errors, 'error')}, {_count(len(findings) - errors, 'warning')}")
+    printer.line(f"{counted(errors, 'error')}, {counted(len(findings) - errors, 'warning')}")
 
 
 def _print_statistics(printer: TablePrinter, path: str, statistics: FileStatistics) -> None:
     langs = list(statistics.length_characters)
     counts = statistics.verdict_by_lang
-    printer.line(f"{path}: {statistics.n} cases")
+    printer.line(f"{path}: {counted(statistics.n, 'case')}")
     printer.table(
         ["verdict", *langs, "all", "with reply"],
         (
@@ -117,10 +118,6 @@ def _print_statistics(printer: TablePrinter, path: str, statistics: FileStatisti
         listed = ", ".join(f"{name} {n}" for name, n in of_kind.items())
         printer.line(f"{what}: {listed or 'none'}")
     printer.line()
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _quantile(q: float) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from so8t_eval.counted import counted
 from so8t_train.cli.data_options import FILE, named, print_strata, seed_option, some_of
 
 _PARTS = ("kept", "left out")
@@ -65,7 +66,7 @@ def balance(
     if result.unlinked_twins:
         n = len(result.unlinked_twins)
         printer.line(
-            f"warning: {n} cases tagged twin name no partner in this file: "
+            f"warning: {counted(n, 'case')} tagged twin without a partner in this file: "
             f"{some_of(result.unlinked_twins)}"
         )
     if result.left_out:

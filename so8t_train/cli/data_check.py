@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from so8t_eval.counted import counted
 from so8t_train.cli.data_options import FILE, base_model_options
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def check(
 
 def _print(printer: "TablePrinter", result: "DataCheck", max_length: int) -> None:
     for figures in result.files:
-        printer.line(f"{figures.path}: {figures.n} cases")
+        printer.line(f"{figures.path}: {counted(figures.n, 'case')}")
         _print_classes(printer, figures)
         _print_lengths(printer, figures)
         printer.line(
@@ -78,7 +79,7 @@ def _print(printer: "TablePrinter", result: "DataCheck", max_length: int) -> Non
         more = len(result.findings) - _FINDINGS_SHOWN
         printer.line(f"... and {more} more; --json lists all")
     n_warnings = len(result.findings) - result.n_errors
-    printer.line(f"{_count(result.n_errors, 'error')}, {_count(n_warnings, 'warning')}")
+    printer.line(f"{counted(result.n_errors, 'error')}, {counted(n_warnings, 'warning')}")
 
 
 def _print_classes(printer: "TablePrinter", figures: "TrainingFigures") -> None:
@@ -107,7 +108,3 @@ def _print_lengths(printer: "TablePrinter", figures: "TrainingFigures") -> None:
             yield [f"{lang} longest pass", *map(str, lengths.longest_pass)]
 
     printer.table(["tokens", *headers], rows())
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from so8t_eval.counted import counted
 from so8t_train.cli.data_options import FILE, named, print_strata, seed_option
 
 _PARTS = ("dev", "train")
@@ -75,6 +76,6 @@ def split(
     )
     for warning in result.warnings:
         printer.line(f"warning: {warning}")
-    printer.line(f"{result.train_file}: {result.n_train} cases")
-    printer.line(f"{result.dev_file}: {result.n_dev} cases")
+    printer.line(f"{result.train_file}: {counted(result.n_train, 'case')}")
+    printer.line(f"{result.dev_file}: {counted(result.n_dev, 'case')}")
     printer.line("read back: every case once, no twin pair and no near-duplicates across")

@@ -133,4 +133,4 @@ def test_a_class_too_small_for_both_sides_is_told(tmp_path: Path) -> None:
     path = write_cases(tmp_path / "a.jsonl", cases)
     result = split_file(path, tmp_path / "out", dev_share=0.2, seed=0)
     assert result.warnings[0] == "no dev case with verdict refuse"
-    assert "1 cases tagged twin name no partner in this file" in result.warnings[1]
+    assert "1 case tagged twin without a partner in this file" in result.warnings[1]
