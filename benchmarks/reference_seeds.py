@@ -155,7 +155,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         for source in rows[0]["out_of_distribution"]:
             for name, label in (("auc", "AUC"), ("fpr_at_recall", "false positives at 0.90")):
                 values = [row["out_of_distribution"][source][name][0] for row in rows]
-                figures.append((f"{source}: {label}", values))
+                if any(value is not None for value in values):  # a source of one class has neither
+                    figures.append((f"{source}: {label}", values))
     print("\n|  | " + " | ".join(f"seed {row['seed']}" for row in rows) + " | mean ± sd |")
     print("| --- " * (2 + len(rows)) + "|")
     for label, values in figures:
