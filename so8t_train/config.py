@@ -100,6 +100,9 @@ class FitConfig(BaseModel):
     # -- losses ------------------------------------------------------------------------------
     safety_loss_weight: NonNegative = 1.0
     """Weight of the verdict cross-entropy."""
+    category_loss_weight: NonNegative = 0.0
+    """Weight, within the verdict loss, of the cross-entropy over the cases' categories at the same
+    position, by a head that is dropped after training; 0 turns it off."""
     task_loss_weight: NonNegative = 0.3
     """Weight of the reply cross-entropy; 0 skips the reply pass."""
     task_loss_share: Share = 1.0

@@ -39,7 +39,8 @@ class LossGuard:
     def __init__(self, config: FitConfig, vocabulary: int) -> None:
         self.first_loss: float | None = None
         self._ratio = config.max_loss_ratio
-        weights = config.safety_loss_weight + config.task_loss_weight
+        safety = config.safety_loss_weight * (1 + config.category_loss_weight)
+        weights = safety + config.task_loss_weight
         self._guessing = weights * math.log(vocabulary)
 
     def check(self, loss: float) -> str | None:

@@ -47,6 +47,17 @@ class RotationPair(NamedTuple):
     command: Float[Tensor, "blocks 8 8"]
 
 
+def rotations_of(
+    safe: Float[Tensor, "gates blocks 28"], command: Float[Tensor, "gates blocks 28"]
+) -> RotationPair:
+    """Both rotations of all gates, stacked in gate order, from their generators; no gradient."""
+    with torch.no_grad():
+        return RotationPair(
+            rotation_from_generators(safe.flatten(0, 1)),
+            rotation_from_generators(command.flatten(0, 1)),
+        )
+
+
 class GateAttachment(Protocol):
     """What ties a gate to a model; kept on the gate so that it can be undone."""
 

@@ -14,6 +14,8 @@ class StepReport(NamedTuple):
     epoch: float
     loss: float
     safety_loss: float
+    category_loss: float | None
+    """None without a category head."""
     task_loss: float | None
     pet_temporal: float
     pet_inertia: float

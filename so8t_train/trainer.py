@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from so8t_eval.errors import ConfigError, Interrupted
+from so8t_train.activation_checkpointing import enable_checkpointing
 from so8t_train.checkpoint import (
     Checkpoint,
     newest_checkpoint,
@@ -31,13 +32,14 @@ from so8t_train.packing import pack
 from so8t_train.pet import inertia_penalty, pet_weight
 from so8t_train.quantized_layers import use_training_kernels
 from so8t_train.random_state import RandomState, random_state, restore_random_state
-from so8t_train.rotation_gate import LossKind, RotationPair
+from so8t_train.rotation_gate import LossKind, rotations_of
 from so8t_train.safety_model import SafetyModel
-from so8t_train.so8_rotation import commutator_norm, rotation_from_generators
+from so8t_train.so8_rotation import commutator_norm
 from so8t_train.step_passes import StepPass, step_passes
 from so8t_train.step_report import StepReport, TrainingHooks
 from so8t_train.training_data import TrainingExample, step_order
 from so8t_train.training_plan import (
+    category_head,
     parameter_groups,
     pet_phases,
     schedule,
@@ -48,7 +50,7 @@ from so8t_train.training_plan import (
     what_differs,
 )
 
-__all__ = ["CHECKPOINTS", "StepReport", "Trainer", "TrainingHooks", "enable_checkpointing"]
+__all__ = ["CHECKPOINTS", "StepReport", "Trainer", "TrainingHooks"]
 
 CHECKPOINTS: Final = "checkpoints"
 
@@ -75,7 +77,8 @@ class Trainer:
         self.session = session
         """Names this process in checkpoints, logs and messages."""
         self.config_hash = training_hash(config, start_sha256, examples)
-        self.names = trainable(model, config)
+        self.head = category_head(model, config, examples)
+        self.names = trainable(model, config, self.head)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.names, config), weight_decay=config.weight_decay, foreach=True
         )
@@ -141,7 +144,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise self._diverged("the gradient is not finite", batch)
         total = (
-            config.safety_loss_weight * sums.safety
+            config.safety_loss_weight * (sums.safety + config.category_loss_weight * sums.category)
             + config.task_loss_weight * sums.task
             + weight * sums.temporal
             + inertia * config.pet_inertia_weight
@@ -156,6 +159,7 @@ class Trainer:
             epoch=self.step / self._steps_per_epoch,
             loss=total,
             safety_loss=sums.safety,
+            category_loss=None if self.head is None else sums.category,
             task_loss=sums.task if passes[-1].kind == "reply" else None,
             pet_temporal=sums.temporal,
             pet_inertia=inertia,
@@ -177,7 +181,7 @@ class Trainer:
         replies = [reply for one in passes if one.kind == "reply" for reply in one.sequences]
         task_norm = max(1, sum(len(reply.targets) for reply in replies))
         mine = self.parallel.share([one.cost for one in passes])
-        safety = task = temporals = 0.0
+        safety = category = task = temporals = 0.0
         correct = tokens = 0
         if model.bank is not None:
             model.bank.begin_step()
@@ -190,15 +194,22 @@ class Trainer:
                 task += float(loss.detach())
                 continue
             result = safety_loss(
-                model, packed, label_smoothing=config.label_smoothing, with_temporal=weight > 0
+                model,
+                packed,
+                label_smoothing=config.label_smoothing,
+                with_temporal=weight > 0,
+                head=self.head,
+                categories=[example.category for example in one.examples],
             )
             temporal = result.temporal_mean * (len(one.examples) / len(batch))
-            loss = config.safety_loss_weight * result.cross_entropy_sum / safety_norm
+            learned = result.cross_entropy_sum + config.category_loss_weight * result.category_sum
+            loss = config.safety_loss_weight * learned / safety_norm
             self._backward(loss + weight * temporal, "safety", one.examples)
+            category += float(result.category_sum.detach()) / safety_norm
             safety += float(result.cross_entropy_sum.detach()) / safety_norm
             temporals += float(temporal.detach())
             correct += result.n_correct
-        return _Sums(safety, temporals, task, correct, tokens)
+        return _Sums(safety, category, temporals, task, correct, tokens)
 
     def _update(self) -> None:
         """Apply the gradients; what is between two whole steps happens here alone."""
@@ -241,7 +252,7 @@ class Trainer:
         if not self.config.pet_inertia_weight:
             bank.finish_step()
             return 0.0, commutator
-        before = _rotations(self.reference)
+        before = rotations_of(**self.reference)
         inertia = inertia_penalty(before.safe.to(now.safe.device), now.safe) + inertia_penalty(
             before.command.to(now.command.device), now.command
         )
@@ -371,29 +382,12 @@ class Trainer:
         return {} if tensors is None else {"safe": tensors.safe, "command": tensors.command}
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass, under whichever name transformers has for it."""
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
 class _Sums(NamedTuple):
     """Sums over the passes of one step."""
 
     safety: float
+    category: float
     temporal: float
     task: float
     correct: float
     tokens: float
-
-
-def _rotations(generators: dict[str, Tensor]) -> RotationPair:
-    with torch.no_grad():
-        safe, command = (
-            rotation_from_generators(generators[kind].flatten(0, 1)) for kind in ("safe", "command")
-        )
-    return RotationPair(safe, command)

@@ -20,6 +20,7 @@ class TrainingExample(NamedTuple):
 
     id: str
     verdict: Verdict
+    category: str
     prompt: PackedSequence
     reply: PackedSequence | None
 
@@ -117,7 +118,7 @@ def tokenize_cases(
             if reply.length > max_length:
                 reply = None
                 long_replies.append(case.id)
-        examples.append(TrainingExample(case.id, case.verdict, prompt, reply))
+        examples.append(TrainingExample(case.id, case.verdict, case.category, prompt, reply))
     return TrainingSet(examples, too_long, long_replies)
 
 

@@ -4,13 +4,18 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
+from so8t_train.category_head import CategoryHead
 from so8t_train.config import FitConfig
 from so8t_train.safety_model import SafetyModel
 from so8t_train.training_data import TrainingExample
+
+HEAD_RATE: Final = 5.0
+"""Learning rate of the category head in safety learning rates: it starts at zero, not near its end."""
+_HEAD: Final = "category_head."
 
 
 def schedule(step: int, total: int, warmup_ratio: float) -> float:
@@ -44,8 +49,11 @@ def shaping_settings(config: FitConfig) -> dict[str, Any]:
         "max_loss_ratio",
     }
     free |= {"save_total_limit", "offload_folder", "adapter_dtype", "merge_base"}
-    if not config.load_in_4bit:  # they shape nothing, and older checkpoints do not know them
+    # What shapes nothing where it is off, and what older checkpoints do not know.
+    if not config.load_in_4bit:
         free |= {"load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
+    if not config.category_loss_weight:
+        free |= {"category_loss_weight"}
     return config.model_dump(mode="json", exclude=free)
 
 
@@ -58,7 +66,10 @@ def training_hash(config: FitConfig, start_sha256: str, examples: Sequence[Train
         json.dumps([shaping_settings(config), start_sha256], sort_keys=True).encode()
     )
     for example in examples:
-        digest.update(repr(example).encode())
+        read = [example.id, example.verdict, example.prompt, example.reply]
+        if config.category_loss_weight:
+            read.append(example.category)
+        digest.update(repr(read).encode())
     return digest.hexdigest()
 
 
@@ -78,7 +89,19 @@ def what_differs(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
-def trainable(model: SafetyModel, config: FitConfig) -> dict[nn.Parameter, str]:
+def category_head(
+    model: SafetyModel, config: FitConfig, examples: Sequence[TrainingExample]
+) -> CategoryHead | None:
+    """A fresh head for the categories of the training cases; None where none is asked for."""
+    if not config.category_loss_weight:
+        return None
+    hidden_size = model.verdict_rows.shape[1]
+    return CategoryHead(hidden_size, [e.category for e in examples], model.device)
+
+
+def trainable(
+    model: SafetyModel, config: FitConfig, head: CategoryHead | None = None
+) -> dict[nn.Parameter, str]:
     """Parameters to learn with their checkpoint names, in a stable order."""
     frozen_safe = config.freeze == "safe"
     names: dict[nn.Parameter, str] = {}
@@ -92,19 +115,32 @@ def trainable(model: SafetyModel, config: FitConfig) -> dict[nn.Parameter, str]:
         parameter.requires_grad_(learn)
         if learn:
             names[parameter] = name
+    if head is not None:
+        names |= {parameter: f"{_HEAD}{name}" for name, parameter in head.named_parameters()}
     return names
 
 
 def parameter_groups(names: dict[nn.Parameter, str], config: FitConfig) -> list[dict[str, Any]]:
-    """Optimizer groups: LoRA and R_cmd, then R_safe and the verdict rows, if those learn."""
-    safety = [
-        p for p, n in names.items() if n.endswith("safe_generators") or n.startswith("verdict_")
-    ]
-    task = [p for p in names if all(p is not s for s in safety)]
-    groups = [{"params": task, "lr": 0.0, "peak_lr": config.learning_rate}]
-    if safety:
-        groups.append({"params": safety, "lr": 0.0, "peak_lr": config.safety_learning_rate})
-    return groups
+    """Optimizer groups: LoRA and R_cmd, R_safe and the verdict rows, the category head.
+
+    A group whose parameters do not learn is left out.
+    """
+    task: list[nn.Parameter] = []
+    safety: list[nn.Parameter] = []
+    head: list[nn.Parameter] = []
+    for parameter, name in names.items():
+        if name.startswith(_HEAD):
+            head.append(parameter)
+        elif name.endswith("safe_generators") or name.startswith("verdict_"):
+            safety.append(parameter)
+        else:
+            task.append(parameter)
+    rates = (
+        (task, config.learning_rate),
+        (safety, config.safety_learning_rate),
+        (head, HEAD_RATE * config.safety_learning_rate),
+    )
+    return [{"params": group, "lr": 0.0, "peak_lr": rate} for group, rate in rates if group]
 
 
 def pet_phases(config: FitConfig) -> list[tuple[float, float]]:

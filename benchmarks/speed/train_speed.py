@@ -26,11 +26,12 @@ import torch
 import transformers
 
 from so8t_eval.backends.cpu_threads import default_threads
+from so8t_train.activation_checkpointing import enable_checkpointing
 from so8t_train.base_model import EMBEDDED, load_base, load_tokenizer, resolve_base
 from so8t_train.compute_dtype import compute_dtype
 from so8t_train.config import FitConfig
 from so8t_train.safety_model import build_safety_model
-from so8t_train.trainer import Trainer, TrainingHooks, enable_checkpointing
+from so8t_train.trainer import Trainer, TrainingHooks
 from so8t_train.training_data import (
     TrainingExample,
     class_weights,

@@ -65,9 +65,10 @@ class FitProgress:
 
 
 def _figures(report: StepReport, memory_gib: float) -> str:
+    category = "" if report.category_loss is None else f" category {report.category_loss:.2f}"
     task = "" if report.task_loss is None else f" task {report.task_loss:.2f}"
     return (
-        f"loss {report.loss:.3f} safety {report.safety_loss:.3f}{task} "
+        f"loss {report.loss:.3f} safety {report.safety_loss:.3f}{category}{task} "
         f"pet {report.pet_temporal:.2f} acc {report.verdict_accuracy:.2f} "
         f"comm {report.commutator:.1e} {report.tokens / report.step_s:.0f} tok/s "
         f"{memory_gib:.2f} GiB"

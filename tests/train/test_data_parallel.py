@@ -32,6 +32,7 @@ SETTINGS = {
     "micro_batch_size": 1,
     "max_length": 96,  # passes of one or two cases
     "rotation_init_std": 0.2,
+    "category_loss_weight": 0.3,
     "adapter_dtype": "float32",
     "max_steps": STEPS,
     "num_epochs": 5,

@@ -96,6 +96,7 @@ def step_report(step: int, commutator: float) -> StepReport:
         loss=1.0,
         safety_loss=0.9,
         task_loss=None,
+        category_loss=None,
         pet_temporal=0.1,
         pet_inertia=0.0,
         verdict_accuracy=0.5,
