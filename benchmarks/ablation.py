@@ -48,15 +48,20 @@ BENCHMARK = ROOT / "benchmarks" / "safety.jsonl"
 WORDS, PROBE = "TF-IDF, logistic regression", "frozen base, linear probe"
 NO_PET: dict[str, object] = {"pet_weight": 0.0, "pet_inertia_weight": 0.0}
 NO_REPLIES: dict[str, object] = {"task_loss_weight": 0.0}
+NO_CATEGORIES: dict[str, object] = {"category_loss_weight": 0.0}
+VERDICTS_ALONE = NO_REPLIES | NO_CATEGORIES
 TRAINED: dict[str, dict[str, object]] = {
-    "LoRA, verdict rows": {"rotation_gates": False, **NO_PET, **NO_REPLIES},
-    "+ rotation gates": {**NO_PET, **NO_REPLIES},
-    "+ PET": NO_REPLIES,
-    "+ replies": {},
-    "gates and strong PET": {"pet_weight": 1.0, **NO_REPLIES},
+    "LoRA, verdict rows": {"rotation_gates": False, **NO_PET, **VERDICTS_ALONE},
+    "+ rotation gates": {**NO_PET, **VERDICTS_ALONE},
+    "+ PET": VERDICTS_ALONE,
+    "+ replies": NO_CATEGORIES,
+    "gates and strong PET": {"pet_weight": 1.0, **VERDICTS_ALONE},
+    "+ categories": {},
 }
 MODELS = [WORDS, PROBE, *TRAINED]
 PROBED_TOGETHER = 8
+DRAWN_FROM = 9_027
+"""The corpus as it was when the first outcomes were measured; later cases stand behind it."""
 METRICS: dict[str, Callable[[Confusion], Interval]] = {"Accuracy": accuracy, **RATES}
 
 
@@ -107,9 +112,9 @@ def known(results: Path, key: dict[str, object]) -> Confusion | None:
 
 
 def draw(path: Path, n: int, seed: int) -> Split:
-    """``n`` of the shipped training cases, the same for every variant of a seed."""
+    """``n`` of the first ``DRAWN_FROM`` training cases, the same for every variant of a seed."""
     source = ROOT / "so8t_train" / "data" / "train.jsonl"
-    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = source.read_text(encoding="utf-8").splitlines(keepends=True)[:DRAWN_FROM]
     chosen = random.Random(seed).sample(lines, min(n, len(lines)))  # noqa: S311
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(chosen), encoding="utf-8", newline="\n")
