@@ -26,7 +26,7 @@ from so8t_train.dev_evaluation import DevResult, dev_logits, labels_of, summariz
 from so8t_train.fit import FitReporter, fit
 from so8t_train.quantized_layers import use_training_kernels
 from so8t_train.reference_model import RUN_DIRECTORY
-from so8t_train.run_dir import load_run, read_manifest
+from so8t_train.run_dir import ADAPTER_TENSORS, load_run, read_manifest
 from so8t_train.training_data import class_weights, load_training_cases, tokenize_cases
 
 PACKAGE = Path(__file__).parents[1] / "so8t_train"
@@ -75,7 +75,7 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--start", nargs="+", default=[f"reference={RUN_DIRECTORY}"])
+    parser.add_argument("--start", nargs="+", default=[f"{reference_name()}={RUN_DIRECTORY}"])
     parser.add_argument("--tasks", type=int, default=300)
     parser.add_argument("--replay-cases", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -84,6 +84,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--conditions", nargs="+", choices=every, default=every, metavar="NAME")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
+
+
+def reference_name() -> str:
+    """The shipped run with the beginning of its adapter's SHA-256: outcomes are of one model."""
+    return f"reference {read_manifest(RUN_DIRECTORY).sha256[ADAPTER_TENSORS][:8]}"
 
 
 def known(results: Path, start: str, condition: str, seed: int, tasks: int) -> Row | None:
@@ -152,6 +157,7 @@ def settings(start: Path, tasks: Path, directory: Path, options: argparse.Namesp
             "task_loss_weight": 1.0,
             "task_loss_share": 1.0,
             "pet_weight": 0.0,
+            "category_loss_weight": 0.0,
             "learning_rate": options.learning_rate,
             "safety_learning_rate": options.learning_rate,
             "eval_every_steps": 10**6,

@@ -5,13 +5,14 @@
 Trains the reference configuration with every seed into DIRECTORY/seed-N (an interrupted or finished
 run there is gone on with), exports Q8_0 and judges the benchmark in llama.cpp. FILE holds prompts
 with binary ground truth, as for out_of_distribution.py. Every outcome is a line of --results, which
-comes with the repository: what stands there for the same seed is not measured again. Prints a
-Markdown table with mean and standard deviation, and names the seed that is in the middle by
-cross-entropy on the dev split, so that the choice never looks at the benchmark.
+comes with the repository: what stands there for the same training and seed is not measured again.
+Prints a Markdown table with mean and standard deviation, and names the seed that is in the middle
+by cross-entropy on the dev split, so that the choice never looks at the benchmark.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import statistics
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from so8t_eval.labels import Verdict
 from so8t_eval.summary import read_summary
 from so8t_train.config import load_config
 from so8t_train.run_dir import MANIFEST, read_manifest
+from so8t_train.training_plan import shaping_settings
 
 RESULTS: Final = ROOT / "benchmarks" / "results" / "reference_seeds.jsonl"
 DEV: Final = {
@@ -54,7 +56,7 @@ def main() -> None:
     options = parse_options()
     rows = []
     for seed in options.seeds:
-        row = known(options.results, seed)
+        row = known(options.results, training_key(), seed)
         if row is None:
             row = measured(seed, options)
             with options.results.open("a", encoding="utf-8", newline="\n") as stream:
@@ -73,10 +75,21 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def known(results: Path, seed: int) -> dict[str, Any] | None:
+def training_key() -> str:
+    """Beginning of a SHA-256 over the reference's settings but the seed, and its training cases."""
+    config = load_config(CONFIG)
+    settings = shaping_settings(config) | {"seed": None}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for file in config.train_file:
+        digest.update(file_sha256(file).encode())
+    return digest.hexdigest()[:12]
+
+
+def known(results: Path, training: str, seed: int) -> dict[str, Any] | None:
     """The outcome that stands in the results."""
     lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
-    return next((row for row in map(json.loads, lines) if row["seed"] == seed), None)
+    key = {"training": training, "seed": seed}
+    return next((row for row in map(json.loads, lines) if key.items() <= row.items()), None)
 
 
 def measured(seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -96,6 +109,7 @@ def measured(seed: int, options: argparse.Namespace) -> dict[str, Any]:
     (entry,) = _runs(read_summary(judged / "summary.json"))
     prompts = options.out_of_distribution
     return {
+        "training": training_key(),
         "seed": seed,
         "dtype": manifest.training.get("compute_dtype", manifest.config.compute_dtype),
         "platform": manifest.platform,

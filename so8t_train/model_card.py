@@ -32,6 +32,7 @@ _SETTINGS: Final = (
     ("lora_dropout", "LoRA dropout"),
     ("rotation_gates", "SO(8) rotation gates"),
     ("safety_loss_weight", "λ safety"),
+    ("category_loss_weight", "λ categories, within λ safety"),
     ("task_loss_weight", "λ task"),
     ("task_loss_share", "Share of the replies learned per epoch"),
     ("pet_weight", "λ PET"),
